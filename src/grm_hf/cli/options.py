@@ -1,0 +1,70 @@
+"""Flags and a YAML file as dataclasses: flags override the file, and unknown keys of either fail."""
+
+from dataclasses import field, make_dataclass
+from inspect import signature
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..modeling import GRMConfig
+
+
+# The fields of GRMConfig as flags, with its defaults.
+GRMOptions: Any = make_dataclass(
+    "GRMOptions",
+    [
+        (name, parameter.annotation, field(default=parameter.default, metadata={"help": "As in GRMConfig."}))
+        for name, parameter in signature(GRMConfig.__init__).parameters.items()
+        if name not in ("self", "text_config", "kwargs")
+    ],
+)
+
+
+def parse(command: str, dataclasses: list[Any], argv: list[str], defaults: dict[str, Any]) -> tuple[Any, ...]:
+    """
+    Instances of `dataclasses` from flags, over the file that `--config` names, over `defaults`, over their own defaults.
+
+    Raises:
+        SystemExit: With code 2 and a message, if a flag or a key of the file is unknown or a value has the wrong type.
+    """
+    parser = HfArgumentParser(dataclasses, prog=f"grm-hf {command}", allow_abbrev=False)
+    parser.usage = f"grm-hf {command} [--config FILE] [--option value ...]"
+    parser.add_argument("--config", help="YAML file with any of these options.")
+    parser.set_defaults(**defaults)
+    known = {action.dest for action in parser._actions} - {"config", "help"}
+    path = _config_path(parser, argv)
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"can't read {path}: {error}")
+        if not isinstance(values, dict):
+            parser.error(f"{path} must hold options as `name: value`")
+        if unknown := set(values) - known:
+            parser.error(f"{path} has unknown options: {', '.join(sorted(unknown))}")
+        parser.set_defaults(**{name: _as_default(value) for name, value in values.items()})
+    try:
+        *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
+    return tuple(parsed)
+
+
+def _config_path(parser: HfArgumentParser, argv: list[str]) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument == "--config":
+            if index + 1 == len(argv):
+                parser.error("--config needs a path")
+            return argv[index + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None
+
+
+def _as_default(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [f"{key}={entry}" for key, entry in value.items()]
+    # argparse converts text alone, and so also "1e-5", which YAML takes for text.
+    return value
