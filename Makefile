@@ -16,7 +16,10 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -27,7 +30,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs the data folder that GRM_HF_DATA names (default ../shared/data) and a base model, GRM_HF_BASE.
+# Needs the data folder ../shared/data and the base model in ../shared/base-lm that examples/configs/tiny_real.yaml names.
 real-data: $(READY)
 	$(BIN)/python benchmarks/real_data.py
 

@@ -67,7 +67,7 @@ class GRMConfig(PretrainedConfig):
         label_smoothing (`float`, defaults to 0.0):
             Assumed probability, in [0, 0.5), that the annotated preference is wrong.
         center_rewards_coefficient (`float`, *optional*):
-            Weight of the squared sum of a row's rewards, which keeps rewards around zero (arXiv 2312.09244, as in TRL).
+            Weight of the squared sum of a row's rewards, to keep them around zero (arXiv 2312.09244; as in TRL).
 
     Raises:
         ValueError: If a value is not allowed; the message names what is.
@@ -128,6 +128,13 @@ class GRMConfig(PretrainedConfig):
             if not isinstance(value, kinds) or isinstance(value, bool) or not holds(value):
                 raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from its dictionary, or from that of a base model, as PEFT reads it when it saves an adapter."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {"text_config": config_dict}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def uses_language_model(self) -> bool:
         """Whether the loss depends on the language-model head."""
@@ -181,8 +188,8 @@ class GRMConfig(PretrainedConfig):
 
 class _RegisteredPipelines(dict):
     """
-    `pipeline` infers a missing task from the keys, then asks with `in` whether the task's code is remote. Installed code
-    is not: without this, it could not be used without `trust_remote_code=True`, nor on a model object at all.
+    `pipeline` infers a missing task from the keys, then asks with `in` whether the task's code is remote. Installed
+    code is not: without this, it would need `trust_remote_code=True`, and not work on a model object at all.
     """
 
     def __contains__(self, task: object) -> bool:

@@ -41,7 +41,7 @@ def encode(tokenizer: Any, pairs: Sequence[tuple[Text, Text]]) -> list[Encoded]:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): With a chat template where messages are given.
-        pairs (`Sequence` of `(prompt, response)`): Each both strings or both lists of messages. The prompt may be empty.
+        pairs (`Sequence` of `(prompt, response)`): Both strings or both lists of messages. The prompt may be empty.
 
     Returns:
         `list[Encoded]`, one per pair.

@@ -1,6 +1,6 @@
 """The losses of a GRM as pure functions: one value per row, so that a batch is the mean of its rows.
 
-Equations: arXiv 2406.10216, section 3. `batch` counts rows (a prompt with its responses); log-probabilities are in nats.
+Equations: arXiv 2406.10216, section 3. `batch` counts rows (a prompt with its responses); log-probabilities are nats.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def preference_loss(
     center_rewards_coefficient: Optional[float] = None,
 ) -> torch.Tensor:
     r"""
-    Negative log-likelihood of the preferred response under Bradley-Terry, or Plackett-Luce with more than two responses.
+    Negative log-likelihood of the preferred response: Bradley-Terry, or Plackett-Luce with more than two responses.
 
     With two responses \\(-\log\sigma(r_c - r_r - m)\\), that is cross-entropy over the rewards. With label smoothing
     \\(\epsilon\\) the label counts with \\(1 - \epsilon\\) and every other response with \\(\epsilon / (n - 1)\\).

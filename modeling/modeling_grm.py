@@ -95,7 +95,7 @@ class RewardHead(nn.Module):
         hidden_sizes = [config.head_hidden_size] * config.head_num_layers if config.head_type == "mlp" else []
         sizes = [input_size, *hidden_sizes, 1]
         self.dropout = nn.Dropout(config.head_dropout)
-        self.layers = nn.ModuleList(Float32Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:]))
+        self.layers = nn.ModuleList(Float32Linear(i, o) for i, o in zip(sizes, sizes[1:]))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # (..., hidden_size) -> (...,)
@@ -107,9 +107,9 @@ class RewardHead(nn.Module):
 
 class GRMForRewardModeling(PreTrainedModel):
     """
-    Causal language model with its own head, a reward head ([`RewardHead`], attribute `score`) and the regularized loss.
+    Causal language model with its own head, a reward head ([`RewardHead`], `score`) and the regularized loss.
 
-    `model.backbone` is the language model: `model.backbone.generate(...)` and `model.backbone.save_pretrained(...)` work.
+    `model.backbone` is the language model: `model.backbone.generate(...)`, `model.backbone.save_pretrained(...)` work.
 
     Args:
         config ([`GRMConfig`]): Configuration.
@@ -322,7 +322,7 @@ class GRMForRewardModeling(PreTrainedModel):
         kind = self.config.regularization
         if len(shape) != 2 or shape[1] < 2 or inputs_embeds is not None:
             raise ValueError(
-                "With `labels`, `input_ids` must have shape (batch, num_responses, seq_len) with two or more responses; "
+                "With `labels`, `input_ids` must have shape (batch, num_responses, seq_len) with 2 or more responses, "
                 f"got leading dimensions {tuple(shape)}. grm_hf.PreferenceCollator builds such batches."
             )
         if not self.config.uses_language_model:
@@ -334,7 +334,7 @@ class GRMForRewardModeling(PreTrainedModel):
             )
         if completion_mask is None:
             raise ValueError(
-                f"regularization={kind!r} needs `completion_mask` (1 on the response's tokens), but the batch has none. "
+                f"regularization={kind!r} needs `completion_mask` (the response's tokens), but the batch has none. "
                 "grm_hf.tokenize_preferences adds it."
             )
         if kind == "dpo" and ref_logps is None:
@@ -370,7 +370,7 @@ class GRMForRewardModeling(PreTrainedModel):
         return outputs[0], logits
 
     def _language_model_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits `(tokens, vocab_size)` of hidden states `(tokens, hidden_size)`, float32, scaled as the backbone does."""
+        """Logits `(tokens, vocab_size)`, float32, of hidden states `(tokens, hidden_size)`, as the backbone's."""
         config = self.config.text_config
         logits = self.backbone.get_output_embeddings()(hidden_states).float()
         if config.model_type == "cohere":
@@ -401,7 +401,7 @@ class GRMForRewardModeling(PreTrainedModel):
         completion_mask: torch.Tensor,
         labels: torch.Tensor,
     ) -> torch.Tensor:
-        """Summed log-probabilities `(batch, num_responses)`; while training NaN for responses the loss does not use."""
+        """Summed log-probabilities `(batch, num_responses)`; in training NaN for responses the loss does not use."""
         num_responses = input_ids.shape[0] // labels.shape[0]
         if not self.training or self.config.regularization not in ("sft", "nll"):
             return self._sequence_logps(hidden_states, logits, input_ids, completion_mask).view(-1, num_responses)
@@ -418,7 +418,7 @@ class GRMForRewardModeling(PreTrainedModel):
         labels: torch.Tensor,
         ref_logps: Optional[torch.Tensor],
     ) -> torch.Tensor:
-        """Text-generation loss of each row, `(batch,)`, from summed log-probabilities and response lengths in tokens."""
+        """Text-generation loss `(batch,)` from summed log-probabilities and response lengths in tokens."""
         config = self.config
         if config.logps_reduction == "mean":
             lengths = lengths.clamp(min=1)

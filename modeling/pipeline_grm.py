@@ -26,8 +26,8 @@ class GRMPipeline(ChunkPipeline):
     | `{"prompt", "responses": [...]}` | `{"scores", "margin", "preferred"}` |
     | `{"prompt", "chosen", "rejected"}` | `{"scores", "margin", "preferred"}` |
 
-    and lists of them. Prompts and responses are strings, or lists of messages; with a chat template, a response may be a
-    string under a prompt of messages. `margin` is the reward of the first response less the best of the others,
+    and lists of them. Prompts and responses are strings or lists of messages; under a prompt of messages a response
+    may also be a string. `margin` is the reward of the first response less the best of the others,
     `preferred` the index of the best response.
 
     Args:

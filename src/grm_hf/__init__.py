@@ -1,6 +1,6 @@
 """Reward models that generalise: GRM (arXiv 2406.10216) for the Hugging Face ecosystem.
 
-Importing this package registers the configuration, the model and the pipeline task "reward-modeling" with transformers.
+Importing this package registers configuration, model and the pipeline task "reward-modeling" with transformers.
 """
 
 from importlib import import_module

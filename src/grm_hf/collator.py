@@ -19,8 +19,8 @@ class PreferenceCollator:
         pad_to_multiple_of (`int`, *optional*): Pad sequences to a multiple of this many tokens.
 
     Returns, when called with a list of rows:
-        `input_ids`, `attention_mask`, `completion_mask` `(batch, num_responses, seq_len)`, `labels` `(batch,)`, all 0 as
-        the chosen response comes first, and where the rows have them `margin` `(batch,)` and `ref_logps`
+        `input_ids`, `attention_mask`, `completion_mask` `(batch, num_responses, seq_len)`, `labels` `(batch,)`, all 0
+        as the chosen response comes first, and where the rows have them `margin` `(batch,)` and `ref_logps`
         `(batch, num_responses)`.
     """
 

@@ -32,25 +32,25 @@ def tokenize_preferences(
     r"""
     Tokenize preference rows for [`GRMForRewardModeling`].
 
-    Rows are in TRL's preference formats: `chosen` and `rejected`, with the prompt in `prompt` or as what the two have in
-    common; text, or lists of messages with `role` and `content`. `rejected` may be a list of several responses. An
+    Rows are in TRL's preference formats: `chosen` and `rejected`, with the prompt in `prompt` or as what the two have
+    in common; text, or lists of messages with `role` and `content`. `rejected` may be a list of several responses. An
     optional `margin` (by how much the chosen response is better) is kept; rows without one get 0.
 
-    Rows that can't be compared are dropped and counted in a warning: an empty response, a rejected response equal to the
-    chosen one, and with `overlong="drop"` a row with a sequence longer than `max_length`.
+    Rows that can't be compared are dropped and counted in a warning: an empty response, a rejected response equal to
+    the chosen one, and with `overlong="drop"` a row with a sequence longer than `max_length`.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): Preference rows.
         tokenizer (`PreTrainedTokenizerBase`): With a chat template where rows hold messages.
         max_length (`int`, *optional*): Most tokens of a prompt with one response. `None` for no limit.
         overlong (`str`, defaults to `"drop"`):
-            `"drop"`, or `"truncate_prompt"`, which leaves out the prompt's oldest tokens; a row whose response alone is
-            too long is dropped even so. A response is never cut.
+            `"drop"`, or `"truncate_prompt"`, which leaves out the prompt's oldest tokens; a row whose response alone
+            is too long is dropped even so. A response is never cut.
         num_proc (`int`, *optional*): Number of processes, for a `Dataset`.
 
     Returns:
-        A dataset of the same kind with the columns `input_ids` and `completion_mask` (per row one list per response, the
-        chosen one first), `length` (tokens of the longest response with its prompt) and, if given, `margin`.
+        A dataset of the same kind with the columns `input_ids` and `completion_mask` (per row one list per response,
+        the chosen one first), `length` (tokens of the longest response with its prompt) and, if given, `margin`.
 
     Raises:
         ValueError: If a column is missing, or a row is unusable; the message names the row.

@@ -82,8 +82,8 @@ class RewardMetricsCallback(TrainerCallback):
     `logps/rejected` (nats, summed over a response) and [`preference_metrics`].
 
     It reads the outputs of the model's own forward, so nothing is computed twice. It must see a log before the loggers
-    (TensorBoard, ...) do, which [`~RewardMetricsCallback.attach`] sees to; passed as `Trainer(callbacks=[...])` it comes
-    after them, and its metrics reach `log_history` and the metrics of `evaluate` alone.
+    (TensorBoard, ...) do, which [`~RewardMetricsCallback.attach`] sees to; passed as `Trainer(callbacks=[...])` it
+    comes after them, and its metrics reach `log_history` and the metrics of `evaluate` alone.
 
     `logps/rejected` is absent while training with "sft" or "nll", which run the language-model head on the preferred
     response alone.

@@ -1,4 +1,4 @@
-"""Reference log-probabilities for `regularization="dpo"`, computed once instead of holding a second model in memory."""
+"""Reference log-probabilities for `regularization="dpo"`, computed once, so that no second model stays in memory."""
 
 from contextlib import nullcontext
 from typing import Any

@@ -5,6 +5,7 @@ original, whatever its name. Every adapter is for `Dataset` and `IterableDataset
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -68,15 +69,12 @@ def load_preferences(
         FileNotFoundError: If there is no such dataset or file.
         ValueError: If there is no such split, or [`to_preferences`] can't read the dataset.
     """
-    location = str(path)
+    location = os.path.expanduser(path)
+    name = name or _DEFAULT_CONFIGS.get(location)
     file = _FILE.search(location)
     if file:
-        load_dataset_kwargs["data_files"] = location if "://" in location else str(Path(location).expanduser())
+        load_dataset_kwargs["data_files"] = location
         location = str(file.lastgroup)
-    elif Path(location).expanduser().is_dir():
-        location = str(Path(location).expanduser())
-    else:
-        name = name or _DEFAULT_CONFIGS.get(location)
     dataset = load_dataset(location, name, split=split, streaming=streaming, **load_dataset_kwargs)
     return to_preferences(cast(Dataset, dataset), subsample=subsample)
 
@@ -114,9 +112,7 @@ def to_preferences(dataset: AnyDataset, subsample: str | None = None) -> AnyData
         ValueError: If the columns fit no layout, there is no row, or a row is unusable; the message names the row.
     """
     if isinstance(dataset, dict):
-        raise ValueError(
-            f"Expected one split, got all of {sorted(dataset)}. Pass for example dataset[{min(dataset)!r}]."
-        )
+        raise ValueError(f"Expected one split, got {sorted(dataset)}. Pass for example dataset[{min(dataset)!r}].")
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("The dataset has no rows.")

@@ -23,7 +23,7 @@ GRMOptions: Any = make_dataclass(
 
 def parse(command: str, dataclasses: list[Any], argv: list[str], defaults: dict[str, Any]) -> tuple[Any, ...]:
     """
-    Instances of `dataclasses` from flags, over the file that `--config` names, over `defaults`, over their own defaults.
+    Instances of `dataclasses` from flags, over the file named by `--config`, over `defaults`, over their own.
 
     Raises:
         SystemExit: With code 2 and a message, if a flag or a key of the file is unknown or a value has the wrong type.

@@ -14,8 +14,10 @@ from ..collator import PreferenceCollator
 from ..data import tokenize_preferences
 from ..metrics import (
     RewardMetricsCallback,
+    bootstrap_interval,
     compute_preference_metrics,
     longest_response_accuracy,
+    prompt_ids,
 )
 from ..modeling import GRMForRewardModeling
 from ..plots import plot_training_curves
@@ -121,12 +123,24 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
     )
     RewardMetricsCallback.attach(trainer)
     output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    results, rewards = [], {}
+    # Grouping by length would shuffle the evaluation's rows, whose rewards are recorded in their order.
+    args.train_sampling_strategy = "random"
+    results: list[dict[str, Any]] = []
+    rewards: dict[str, Any] = {}
     for name, rows in eval_datasets.items():
         metrics = trainer.evaluate(cast(Any, rows), metric_key_prefix=name)
         metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items()}
+        prompts = prompt_ids(rows)
+        rewards[name] = {"prompts": prompts.tolist(), "rewards": predictions["rewards"].tolist()}
+        is_right = (predictions["rewards"][:, :1] > predictions["rewards"][:, 1:]).all(axis=1)
         results.append(
-            {"set": name, "rows": len(rows), "longest_response": longest_response_accuracy(rows), **metrics}
+            {
+                "set": name,
+                "rows": len(rows),
+                "longest_response": longest_response_accuracy(rows),
+                "accuracy_interval": bootstrap_interval(is_right, prompts),
+                **metrics,
+            }
         )
     if model_options.use_peft:
         _save_merged(trainer, grm, model_options)
@@ -186,7 +200,9 @@ def _load_eval_rows(path: str, data: DataOptions, tokenizer: Any) -> Dataset:
         # Files may be sorted; every run sees the same rows.
         rows = rows.shuffle(seed=0).select(range(data.max_eval_samples))
     limit = data.eval_max_length or data.max_length
-    return tokenize_preferences(rows, tokenizer, limit, "truncate_prompt", data.dataset_num_proc)
+    rows = tokenize_preferences(rows, tokenizer, limit, "truncate_prompt", data.dataset_num_proc)
+    # Neighbours share a batch.
+    return rows.sort("length")
 
 
 def _eval_paths(data: DataOptions) -> list[tuple[str, str]]:
