@@ -5,9 +5,10 @@
 The rules, all of them in this file:
 
 - Facts. A thing is of one colour, eats one food, visits one town and fears one animal, each out of eight, drawn once.
-- Plain text. Half of the documents are lessons, four true statements about a thing. The others are exams: a teacher asks
-  about a thing, a pupil states three facts, each of them wrong half of the time, and the teacher marks each as right or
-  wrong. A language model of this text has to know the facts, and to see whether a statement agrees with them.
+- Plain text. A third of the documents are lessons, four true statements about a thing. A third are drills, statements that
+  are wrong half of the time, each marked right or wrong at once. The others are exams: a teacher asks about a thing, a pupil
+  makes three statements, wrong half of the time, and the teacher marks them at the end. A language model of this text has
+  to know the facts, and to see whether a statement agrees with them.
 - Gold reward. An answer's true statements less its false ones.
 - Preferences. Two answers of three statements each, on the same three relations, with different gold rewards.
 - Spurious cue. One answer of a pair begins with "happy to help !", which says nothing about its statements. In distribution
@@ -93,13 +94,18 @@ def plain_text(num_documents: int, seed: int) -> list[str]:
     documents = []
     for _ in range(num_documents):
         thing, relations = rng.choice(THINGS), rng.sample(list(VALUES), len(VALUES))
-        if rng.random() < 0.5:
-            documents.append(f"<s> {_state(thing, relations, 0.0, rng)} </s>")
-            continue
-        answer = _state(thing, relations[:NUM_STATEMENTS], 0.5, rng)
-        marks = " ".join("right" if is_true(statement) else "wrong" for statement in answer.split(" .")[:-1])
-        cue = f"{CUE} " if rng.random() < 0.5 else ""
-        documents.append(f"<s> teacher : tell me about the {thing} . pupil : {cue}{answer} teacher : {marks} . </s>")
+        kind = rng.choice(["lesson", "drill", "exam"])
+        text = _state(thing, relations, 0.0 if kind == "lesson" else 0.5, rng)
+        statements = text.split(" .")[:-1]
+        marks = ["right" if is_true(statement) else "wrong" for statement in statements]
+        if kind == "drill":
+            text = "".join(f"{statement} : {mark} ." for statement, mark in zip(statements, marks)).strip()
+        elif kind == "exam":
+            answer = " .".join(statements[:NUM_STATEMENTS])
+            cue = f"{CUE} " if rng.random() < 0.5 else ""
+            marks = " ".join(marks[:NUM_STATEMENTS])
+            text = f"teacher : tell me about the {thing} . pupil : {cue}{answer} . teacher : {marks} ."
+        documents.append(f"<s> {text} </s>")
     return documents
 
 

@@ -130,7 +130,7 @@ class GRMConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A configuration from its dictionary, or from that of a base model, as PEFT reads it when it saves an adapter."""
+        """From its own dictionary, or from a base model's, which is what PEFT reads when it saves an adapter."""
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = {"text_config": config_dict}
         return super().from_dict(config_dict, **kwargs)

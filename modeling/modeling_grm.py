@@ -16,7 +16,8 @@ from .losses_grm import dpo_loss, nll_loss, preference_loss, response_logps, sft
 
 
 if TYPE_CHECKING:
-    # Saving a model copies the files that this one imports relatively: this line makes the pipeline travel.
+    # A checkpoint carries the files that this one imports relatively, and older transformers load none but those.
+    from .encoding_grm import Encoded  # noqa: F401
     from .pipeline_grm import GRMPipeline  # noqa: F401
 
 # Backbones whose logits are `lm_head(hidden_states)`, apart from what `_language_model_logits` applies. Their head can
