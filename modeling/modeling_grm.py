@@ -142,10 +142,21 @@ class GRMForRewardModeling(PreTrainedModel):
             )
         self.score = RewardHead(lm_head.weight.shape[-1], config)
         self._takes_position_ids = "position_ids" in inspect.signature(self.backbone.base_model.forward).parameters
-        if not config.uses_language_model and not config.text_config.tie_word_embeddings:
-            # Without gradients a trainable head stops DDP at its second step.
-            lm_head.requires_grad_(False)
         self.post_init()
+        self._freeze_unused_head()
+
+    def _freeze_unused_head(self) -> None:
+        # A trainable head without gradients stops DDP at its second step.
+        if not self.config.uses_language_model and not self.config.text_config.tie_word_embeddings:
+            self.get_output_embeddings().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in [`~transformers.PreTrainedModel.from_pretrained`]."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading makes every weight trainable.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_unused_head()
+        return loaded
 
     @classmethod
     def from_base_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "GRMForRewardModeling":

@@ -61,6 +61,8 @@ class GRMPipeline(ChunkPipeline):
     ) -> Iterator[dict[str, Any]]:
         prompt, responses, is_set = parse_inputs(inputs)
         tokenizer: Any = self.tokenizer
+        if tokenizer is None:
+            raise ValueError("The pipeline has no tokenizer. Pass `tokenizer=AutoTokenizer.from_pretrained(...)`.")
         try:
             encoded = encode(tokenizer, [(prompt, response) for response in responses])
         except ValueError as error:
