@@ -103,30 +103,26 @@ class GRMConfig(PretrainedConfig):
         self.logps_reduction = logps_reduction
         self.label_smoothing = label_smoothing
         self.center_rewards_coefficient = center_rewards_coefficient
-        self._check_values()
 
-        num_labels = kwargs.pop("num_labels", 1)
-        if num_labels != 1 or len(kwargs.get("id2label") or [0]) != 1:
-            raise ValueError(f"A GRM has one reward: num_labels must be 1, got {num_labels or kwargs['id2label']}.")
+        kwargs.setdefault("num_labels", 1)
         # "regression" makes the stock text-classification pipeline return the reward itself, without a sigmoid.
         kwargs["problem_type"] = "regression"
         # Older transformers assign these in the parent's __init__; without them they would overwrite the backbone's.
         kwargs.setdefault("pad_token_id", self.text_config.pad_token_id)
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
-        super().__init__(num_labels=num_labels, **kwargs)
+        super().__init__(**kwargs)
 
-    def _check_values(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
-                )
-        for name, (kinds, allowed, holds) in _RANGES.items():
-            value = getattr(self, name)
-            if name == "center_rewards_coefficient" and value is None:
-                continue
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `from_pretrained(..., beta=...)` and later changes assign fields too: checked here, no bad value gets in.
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}.")
+        if name in _RANGES and not (value is None and name == "center_rewards_coefficient"):
+            kinds, allowed, holds = _RANGES[name]
             if not isinstance(value, kinds) or isinstance(value, bool) or not holds(value):
                 raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+        if (name == "num_labels" and value != 1) or (name == "id2label" and value is not None and len(value) != 1):
+            raise ValueError(f"A GRM has one reward: num_labels must be 1, got {value!r}.")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -280,7 +280,7 @@ class GRMForRewardModeling(PreTrainedModel):
             self._check_batch(shape, completion_mask, ref_logps, inputs_embeds)
         if attention_mask is None:
             if input_ids is not None:
-                self.warn_if_padding_and_no_attention_mask(input_ids, None)
+                self.backbone.warn_if_padding_and_no_attention_mask(input_ids, None)
             attention_mask = inputs.new_ones(inputs.shape[: len(shape) + 1], dtype=torch.long)
         # One row per response from here on.
         attention_mask = attention_mask.flatten(0, len(shape) - 1)

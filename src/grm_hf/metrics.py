@@ -97,6 +97,7 @@ class RewardMetricsCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._model: Any = None
         self._hook: Any = None
         self._seen: dict[bool, list[dict[str, torch.Tensor]]] = {True: [], False: []}
 
@@ -113,10 +114,22 @@ class RewardMetricsCallback(TrainerCallback):
     ) -> None:
         self._watch(model)
 
+    # `model_init` makes a new model for each training.
     on_train_begin = on_init_end
 
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        # A prediction logs nothing.
+        self._seen[False].clear()
+
     def _watch(self, model: Any) -> None:
-        if self._hook is None and model is not None:
+        if model is self._model:
+            return
+        if self._hook is not None:
+            self._hook.remove()
+        self._model, self._hook = model, None
+        if model is not None:
             self._hook = model.register_forward_hook(self._record, with_kwargs=True)
 
     def _record(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
