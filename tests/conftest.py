@@ -1,6 +1,7 @@
 """Fixtures: tiny random models and an in-memory tokenizer; nothing is downloaded."""
 
 import os
+from functools import partial
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,10 +11,10 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from tiny import make_base, make_tokenizer
-from transformers import Trainer, TrainingArguments
+from training import build_trainer
 from transformers.utils import logging
 
-from grm_hf import GRMForRewardModeling, PreferenceCollator, compute_preference_metrics, tokenize_preferences
+from grm_hf import GRMForRewardModeling, tokenize_preferences
 
 
 # Test processes share the cores.
@@ -48,7 +49,7 @@ def make_grm(base_folder):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def preferences():
     """Eight conversational rows of different lengths, in TRL's format."""
     return Dataset.from_list(
@@ -63,40 +64,12 @@ def preferences():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenized(preferences, tokenizer):
     return tokenize_preferences(preferences, tokenizer)
 
 
 @pytest.fixture
 def make_trainer(tokenizer, tmp_path):
-    """`make_trainer(model, dataset, eval_dataset, callbacks, **arguments)`: the stock Trainer, one epoch in order."""
-
-    def make(model, dataset, eval_dataset=None, callbacks=None, compute_metrics=compute_preference_metrics, **arguments):
-        defaults = {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            # With Adam, equal steps may part by rounding where a gradient is all but zero.
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "train_sampling_strategy": "sequential",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        is_function = callable(model) and not isinstance(model, torch.nn.Module)
-        return Trainer(
-            **{"model_init" if is_function else "model": model},
-            args=TrainingArguments(str(tmp_path / "run"), **{**defaults, **arguments}),
-            train_dataset=dataset,
-            eval_dataset=eval_dataset,
-            data_collator=PreferenceCollator(tokenizer),
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-        )
-
-    return make
+    """`make_trainer(model, dataset, eval_dataset, **arguments)`: the stock Trainer, one epoch in order."""
+    return partial(build_trainer, tokenizer, tmp_path / "run")

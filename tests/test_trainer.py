@@ -4,34 +4,23 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_base
+from training import distance, losses, training_logs, weights_of
 from transformers import AutoModel
 
-from grm_hf import GRMForRewardModeling, PreferenceCollator, RewardMetricsCallback, add_reference_logps
-from grm_hf import tokenize_preferences
+from grm_hf import (
+    GRMForRewardModeling,
+    PreferenceCollator,
+    RewardMetricsCallback,
+    add_reference_logps,
+    tokenize_preferences,
+)
 
 
 PREFERENCE_METRICS = {"accuracy", "margin", "mean_reward", "min_reward", "max_reward"}
 TRAINING_METRICS = {"reward_loss", "regularization_loss", "logps/chosen", *PREFERENCE_METRICS}
-
-
-def weights_of(model):
-    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-
-
-def distance(first, second):
-    """Largest difference of two models' weights."""
-    assert first.keys() == second.keys()
-    return max((first[name].float() - second[name].float()).abs().max().item() for name in first)
-
-
-def training_logs(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def losses_of(trainer):
-    return [entry["loss"] for entry in training_logs(trainer)]
 
 
 @pytest.fixture
@@ -45,9 +34,6 @@ def make_untied_grm(tmp_path):
         return GRMForRewardModeling.from_base_pretrained(tmp_path / "untied", **options)
 
     return make
-
-
-# --- accumulation, resuming, evaluation
 
 
 @pytest.mark.parametrize(
@@ -68,7 +54,7 @@ def test_accumulation_gives_the_weights_and_losses_of_one_large_batch(
             gradient_accumulation_steps=steps,
         )
         trainer.train()
-        runs.append((weights_of(trainer.model), losses_of(trainer)))
+        runs.append((weights_of(trainer.model), losses(trainer)))
     assert distance(runs[0][0], weights_of(make_grm())) > 1e-2
     assert distance(runs[0][0], runs[1][0]) < 1e-5
     assert runs[0][1] == pytest.approx(runs[1][1], abs=1e-5)
@@ -123,11 +109,11 @@ def test_best_model_is_loaded_at_the_end(make_grm, make_trainer, tokenized):
 
 def test_evaluation_loss_is_the_mean_over_rows_of_uneven_batches(make_grm, make_trainer, tokenized):
     model = make_grm()
-    losses = [
+    values = [
         make_trainer(model, None, tokenized.select(range(7)), per_device_eval_batch_size=size).evaluate()["eval_loss"]
         for size in (7, 3, 1)
     ]
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    assert values == pytest.approx([values[0]] * 3, abs=1e-5)
 
 
 def test_predict_returns_a_reward_per_response(make_grm, make_trainer, tokenized, tokenizer):
@@ -141,45 +127,27 @@ def test_predict_returns_a_reward_per_response(make_grm, make_trainer, tokenized
     assert output.metrics["test_accuracy"] == (expected[:, 0] > expected[:, 1]).float().mean()
 
 
-# --- sampling and streaming
+def test_length_grouping_needs_the_length_column_kept(make_grm, make_trainer, tokenizer):
+    words = [20 if i % 2 else 1 for i in range(96)]
+    rows = [{"prompt": f"{i}", "chosen": "yes " * n, "rejected": "no " * n} for i, n in enumerate(words)]
+    dataset = tokenize_preferences(Dataset.from_list(rows), tokenizer)
 
+    def count_mixed_batches(**arguments):
+        trainer = make_trainer(
+            make_grm(),
+            dataset,
+            train_sampling_strategy="group_by_length",
+            per_device_train_batch_size=2,
+            max_steps=1,
+            **arguments,
+        )
+        trainer.train()
+        lengths = [batch["attention_mask"].sum(-1).amax(-1) for batch in trainer.get_train_dataloader()]
+        return sum(bool(length.max() - length.min() > 10) for length in lengths)
 
-def sampled_lengths(trainer, dataset):
-    dataloader = trainer.get_train_dataloader()
-    by_ids = {str(row["input_ids"]): row["length"] for row in dataset}
-    return [by_ids[str(dataset[i]["input_ids"])] for batch in dataloader.batch_sampler for i in batch]
-
-
-@pytest.fixture
-def rows_of_two_lengths(tokenizer):
-    """Short and long rows in turn."""
-    return [
-        {"prompt": f"{i}", "chosen": "yes " * (20 if i % 2 else 1), "rejected": "no " * (20 if i % 2 else 1)}
-        for i in range(32)
-    ]
-
-
-def batch_lengths(trainer):
-    """Per batch the set of lengths (padding excluded) of its rows' longest responses, short or long."""
-    batches = []
-    for batch in trainer.get_train_dataloader():
-        lengths = batch["attention_mask"].sum(-1).amax(-1)
-        batches.append({bool(length > 30) for length in lengths})
-    return batches
-
-
-def test_length_grouping_needs_the_length_column_kept(make_grm, make_trainer, rows_of_two_lengths, tokenizer):
-    from datasets import Dataset
-
-    dataset = tokenize_preferences(Dataset.from_list(rows_of_two_lengths), tokenizer)
-    grouped = make_trainer(
-        make_grm(), dataset, train_sampling_strategy="group_by_length", remove_unused_columns=False
-    )
-    assert all(len(lengths) == 1 for lengths in batch_lengths(grouped))
-    grouped.train()
-    # By default Trainer drops `length` first, and takes the number of responses for a row's length: no grouping at all.
-    ungrouped = make_trainer(make_grm(), dataset, train_sampling_strategy="group_by_length")
-    assert any(len(lengths) == 2 for lengths in batch_lengths(ungrouped))
+    assert count_mixed_batches(remove_unused_columns=False) <= 6
+    # By default Trainer drops the column first and takes a row's number of responses for its length: no grouping.
+    assert count_mixed_batches() >= 12
 
 
 def test_stream_trains(make_grm, make_trainer, preferences, tokenizer):
@@ -189,11 +157,8 @@ def test_stream_trains(make_grm, make_trainer, preferences, tokenizer):
     streamed.train()
     whole = make_trainer(make_grm(head_dropout=0.0), tokenize_preferences(preferences, tokenizer), max_steps=3)
     whole.train()
-    assert losses_of(streamed) == pytest.approx(losses_of(whole), abs=1e-6)
-    assert all(TRAINING_METRICS <= entry.keys() for entry in training_logs(streamed))
-
-
-# --- what is trained
+    assert losses(streamed) == pytest.approx(losses(whole), abs=1e-6)
+    assert all(entry.keys() >= TRAINING_METRICS for entry in training_logs(streamed))
 
 
 @pytest.mark.parametrize("options", [{}, {"regularization": "dpo_reference_free"}, {"regularization": "none"}])
@@ -239,7 +204,8 @@ def test_frozen_backbone_trains_the_head_alone(
     trainer = make_trainer(model, tokenized, gradient_checkpointing=gradient_checkpointing)
     trainer.train()
     changed = {name for name, weight in weights_of(model).items() if not weight.equal(before[name])}
-    assert changed == {name for name in before if name.startswith("score.")}
+    # The last bias is common to all rewards, so that rounding alone moves it.
+    assert changed | {"score.layers.1.bias"} == {name for name in before if name.startswith("score.")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -249,10 +215,12 @@ def test_bf16_training_keeps_a_float32_head(dtype, make_grm, make_trainer, token
     trainer = make_trainer(model, tokenized, bf16=True, num_train_epochs=4)
     RewardMetricsCallback.attach(trainer)
     trainer.train()
-    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    assert losses(trainer)[-1] < losses(trainer)[0]
     assert {parameter.dtype for parameter in model.score.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in model.backbone.parameters()} == {dtype}
-    assert distance(weights_of(model.score), {k.removeprefix("score."): v for k, v in before.items() if "score" in k}) > 0
+    assert (
+        distance(weights_of(model.score), {k.removeprefix("score."): v for k, v in before.items() if "score" in k}) > 0
+    )
     rewards = trainer.predict(tokenized).predictions
     assert rewards.dtype == "float32"
     # None of them is a bf16 number by rounding.
@@ -282,9 +250,6 @@ def test_compiled_model_trains_and_logs_like_a_plain_one(make_grm, make_trainer,
             assert compiled[name] == pytest.approx(plain[name], abs=1e-4), name
     for name in TRAINING_METRICS:
         assert runs[1][1][f"eval_{name}"] == pytest.approx(runs[0][1][f"eval_{name}"], abs=1e-4), name
-
-
-# --- RewardMetricsCallback
 
 
 def expected_metrics(model, rows, tokenizer):
@@ -395,10 +360,10 @@ def test_own_metric_named_loss_keeps_the_evaluation_prefix(make_grm, make_traine
 
 
 def test_metrics_follow_the_model_of_model_init(make_grm, make_trainer, tokenized):
-    trainer = make_trainer(make_grm, tokenized)
+    trainer = make_trainer(None, tokenized, model_init=lambda: make_grm())
     RewardMetricsCallback.attach(trainer)
     trainer.train()
-    assert all(TRAINING_METRICS <= entry.keys() for entry in training_logs(trainer))
+    assert all(entry.keys() >= TRAINING_METRICS for entry in training_logs(trainer))
 
 
 @pytest.fixture
@@ -431,13 +396,10 @@ def test_callback_passed_as_an_argument_reaches_the_history_alone(scalars, make_
         make_grm(), tokenized, tokenized, report_to="tensorboard", callbacks=[RewardMetricsCallback()]
     )
     trainer.train()
-    assert all(TRAINING_METRICS <= entry.keys() for entry in training_logs(trainer))
+    assert all(entry.keys() >= TRAINING_METRICS for entry in training_logs(trainer))
     assert {f"eval_{name}" for name in TRAINING_METRICS} <= trainer.evaluate().keys()
     assert "train/loss" in scalars()
     assert "train/reward_loss" not in scalars()
-
-
-# --- reference log-probabilities
 
 
 def test_policy_equal_to_the_reference_gives_ln_2(make_grm, make_trainer, tokenized, tokenizer):
