@@ -5,18 +5,19 @@
 The rules, all of them in this file:
 
 - Facts. A thing is of one colour, eats one food, visits one town and fears one animal, each out of eight, drawn once.
-- Plain text. A third of the documents are lessons, four true statements about a thing. A third are drills, statements that
-  are wrong half of the time, each marked right or wrong at once. The others are exams: a teacher asks about a thing, a pupil
-  makes three statements, wrong half of the time, and the teacher marks them at the end. A language model of this text has
-  to know the facts, and to see whether a statement agrees with them.
+- Plain text. A third of the documents are lessons, four true statements about a thing. A third are drills, statements
+  that are wrong half of the time, each marked right or wrong at once. The others are exams: a teacher asks about a
+  thing, a pupil makes three statements, wrong half of the time, and the teacher marks them at the end. A model of this
+  text has to know the facts, and to see whether a statement agrees with them.
 - Gold reward. An answer's true statements less its false ones.
 - Preferences. Two answers of three statements each, on the same three relations, with different gold rewards.
-- Spurious cue. One answer of a pair begins with "happy to help !", which says nothing about its statements. In distribution
-  it is the better answer in `CUE_RATE` of the pairs; out of distribution no answer has the phrase, or ("reversed") the
-  worse answer has it in `CUE_RATE` of the pairs. Plain text has it in half of the exams, whatever the marks.
-- Things. Preferences to learn from are about the first `NUM_SEEN` things. Out of distribution they are about the others,
-  which only plain text has told of.
-- Label noise. `LABEL_NOISE` of the pairs to learn from have chosen and rejected swapped. Pairs for evaluation have none.
+- Spurious cue. One answer of a pair begins with "happy to help !", which says nothing about its statements. In
+  distribution it is the better answer in `CUE_RATE` of the pairs; out of distribution no answer has the phrase, or
+  ("reversed") the worse answer has it in `CUE_RATE` of the pairs. Plain text has it in half of the exams, whatever the
+  marks.
+- Things. Preferences to learn from are about the first `NUM_SEEN` things. Out of distribution they are about the
+  others, which only plain text has told of.
+- Label noise. `LABEL_NOISE` of the pairs to learn from have chosen and rejected swapped. Evaluation pairs have none.
 """
 
 import random
@@ -119,8 +120,8 @@ def preferences(
         num_pairs (`int`): Number of rows.
         seed (`int`): Another seed, other rows; the splits of one seed differ too.
         split (`str`):
-            `"train"`: seen things, with the cue and label noise; `"in"`: the same without noise; `"out"`: unseen things
-            without the cue; `"reversed"`: unseen things with the cue on the worse answer.
+            `"train"`: seen things, with the cue and label noise; `"in"`: the same without noise; `"out"`: unseen
+            things without the cue; `"reversed"`: unseen things with the cue on the worse answer.
     """
     rng = random.Random(f"preferences {split} {seed}")
     things = THINGS[:NUM_SEEN] if split in ("train", "in") else THINGS[NUM_SEEN:]

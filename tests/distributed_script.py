@@ -1,9 +1,10 @@
-"""Run in each process by test_distributed.py: trains the jobs of a JSON file, the first process writes the results."""
+"""Run in each process by test_distributed.py: does the jobs of a JSON file, the first process writes the results."""
 
 import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,16 +16,17 @@ from training import build_trainer, training_logs
 from transformers import AutoTokenizer
 
 from grm_hf import GRMForRewardModeling, RewardMetricsCallback, add_reference_logps
+from grm_hf.cli import main as run_cli
 
 
-def shard_on_cpu():
-    """Make accelerate, which knows FSDP on accelerators alone and would silently fall back to DDP, shard on the CPU."""
+def let_accelerate_shard_on_cpu():
+    """accelerate knows FSDP on accelerators alone; on the CPU it ignores the plugin and silently runs DDP."""
     original = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            # What accelerate does for the processes of an accelerator.
+            # What it does for the processes of an accelerator.
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
@@ -33,8 +35,18 @@ def shard_on_cpu():
     AcceleratorState.__init__ = init
 
 
-def run(folder, model, dataset, options, arguments, lora=None, reference_batch_size=None, evaluate=True):
-    """Train, evaluate, predict and save; returns what the tests compare."""
+def train(
+    folder,
+    model,
+    dataset,
+    options,
+    arguments,
+    lora=None,
+    reference_batch_size=None,
+    has_evaluation=True,
+    has_float32_outputs=False,
+):
+    """Train with the stock Trainer, evaluate, predict and save; returns what the tests compare."""
     rows = load_from_disk(dataset)
     grm = GRMForRewardModeling.from_pretrained(model, **options)
     results = {}
@@ -46,13 +58,15 @@ def run(folder, model, dataset, options, arguments, lora=None, reference_batch_s
 
         grm = get_peft_model(grm, LoraConfig(task_type="SEQ_CLS", **lora))
     trainer = build_trainer(AutoTokenizer.from_pretrained(model), folder / "run", grm, rows, rows, **arguments)
+    if has_float32_outputs:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
     RewardMetricsCallback.attach(trainer)
     trainer.train()
     results["logs"] = training_logs(trainer)
-    if evaluate:
+    if has_evaluation:
         results["evaluation"] = trainer.evaluate()
-        rewards = trainer.predict(rows).predictions
-        results["rewards"], results["rewards_dtype"] = rewards.tolist(), str(rewards.dtype)
+        results["rewards"] = trainer.predict(rows).predictions.tolist()
     results["units"] = [name for name, module in grm.named_modules() if isinstance(module, FSDPModule)]
     trainer.save_model(folder / "saved")
     return results
@@ -60,11 +74,11 @@ def run(folder, model, dataset, options, arguments, lora=None, reference_batch_s
 
 def main():
     torch.set_num_threads(1)
-    shard_on_cpu()
+    let_accelerate_shard_on_cpu()
     folder = Path(sys.argv[1])
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         try:
-            results = run(folder / name, **job)
+            results = {"code": run_cli(job["cli"])} if "cli" in job else train(folder / name, **job)
         except Exception:
             results = {"error": traceback.format_exc()}
         if os.environ["RANK"] == "0":

@@ -146,7 +146,7 @@ def test_missing_column_is_named_with_the_columns_there_are(tokenizer):
 def test_missing_chat_template_names_its_row(preferences):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="Row 0: .*no chat template"):
+    with pytest.raises(ValueError, match=r"Row 0: .*no chat template"):
         tokenize_preferences(preferences, tokenizer)
 
 

@@ -57,7 +57,7 @@ def test_list_gives_the_outputs_of_its_items(scorer, batch_size):
 
 
 def test_list_of_chats_gives_one_score_each(scorer):
-    assert scorer([CHAT, CHAT[:1] + [{"role": "assistant", "content": "No."}]])[0] == scorer(CHAT)
+    assert scorer([CHAT, [CHAT[0], {"role": "assistant", "content": "No."}]])[0] == scorer(CHAT)
 
 
 def test_margin_is_against_the_best_of_the_others(scorer):
