@@ -6,6 +6,7 @@ import pytest
 import torch
 from clean_process import run_clean
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny import make_base
 from training import losses, training_logs, weights_of
 from transformers import AutoModel
@@ -117,14 +118,12 @@ def test_saved_adapter_loads_onto_a_fresh_grm_with_equal_rewards(trained, make_g
     assert not rewards_of(model, batch).allclose(rewards_of(make_grm(), batch), atol=1e-3)
 
 
-def test_adapter_holds_the_head(trained, tmp_path):
-    from safetensors.torch import load_file
-
+def test_saved_adapter_holds_lora_weights_and_the_head_alone(trained, tmp_path):
     model, _ = trained
     model.save_pretrained(tmp_path / "adapter")
-    names = {name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "score" in name}
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     parts = ("layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias")
-    assert names == {f"base_model.model.score.{part}" for part in parts}
+    assert {name for name in names if "lora_" not in name} == {f"base_model.model.score.{part}" for part in parts}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
 
@@ -173,24 +172,37 @@ def test_lora_targets(target_modules, expected, is_tied, make_grm, make_untied_g
     assert type(model.base_model.model.score).__name__ == "ModulesToSaveWrapper"
 
 
+def logps_of(backbone, batch):
+    """Log-probabilities `(batch, num_responses)` from the logits of the backbone's own forward."""
+    ids = batch["input_ids"].flatten(0, 1)
+    with torch.no_grad():
+        logits = backbone(ids, attention_mask=batch["attention_mask"].flatten(0, 1)).logits
+    token_logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (token_logps * batch["completion_mask"].flatten(0, 1)[:, 1:]).sum(-1).unflatten(0, (-1, 2))
+
+
 @pytest.mark.parametrize("target_modules", [ATTENTION, "all-linear", ["q_proj", "lm_head"]])
-def test_logps_are_those_of_the_merged_backbone(target_modules, make_untied_grm, batch):
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_logps_are_those_of_the_adapted_backbone(is_tied, target_modules, make_grm, make_untied_grm, batch):
+    make = make_grm if is_tied else make_untied_grm
+    model = perturb(with_lora(make(regularization="dpo_reference_free"), target_modules)).eval()
+    with torch.no_grad():
+        logps = model(**batch).logps
+    assert logps.allclose(logps_of(model.get_base_model().backbone, batch), rtol=1e-4, atol=1e-3)
+    assert not logps.allclose(logps_of(make().backbone, batch), atol=0.1)
+
+
+# An adapter on a tied lm_head can't be merged: PEFT would change the input embedding with it.
+@pytest.mark.parametrize("target_modules", [ATTENTION, "all-linear", ["q_proj", "lm_head"]])
+def test_merging_changes_neither_logps_nor_rewards(target_modules, make_untied_grm, batch):
     model = perturb(with_lora(make_untied_grm(regularization="dpo_reference_free"), target_modules)).eval()
     with torch.no_grad():
-        output = model(**batch)
-    merged = model.merge_and_unload()
-    with torch.no_grad():
-        again = merged(**batch)
-        ids = batch["input_ids"].flatten(0, 1)
-        logits = merged.backbone(ids, attention_mask=batch["attention_mask"].flatten(0, 1)).logits
-        token_logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    expected = (token_logps * batch["completion_mask"].flatten(0, 1)[:, 1:]).sum(-1).view(8, 2)
-    base = make_untied_grm(regularization="dpo_reference_free").eval()
-    with torch.no_grad():
-        assert not base(**batch).logps.allclose(expected, atol=0.1)
-    assert output.logps.allclose(expected, rtol=1e-4, atol=1e-3)
-    assert again.logps.allclose(expected, rtol=1e-4, atol=1e-3)
-    assert output.logits.allclose(again.logits, atol=1e-4)
+        before = model(**batch)
+        merged = model.merge_and_unload()
+        after = merged(**batch)
+    assert after.logits.allclose(before.logits, atol=1e-4)
+    assert after.logps.allclose(before.logps, rtol=1e-4, atol=1e-3)
+    assert after.logps.allclose(logps_of(merged.backbone, batch), rtol=1e-4, atol=1e-3)
 
 
 def test_lora_on_lm_head_gets_a_gradient(make_untied_grm, make_trainer, tokenized):
@@ -272,8 +284,7 @@ def test_adapter_resumes_from_a_checkpoint(make_grm, make_trainer, tokenized, tm
     assert all(weight.equal(expected[name]) for name, weight in weights_of(resumed.model).items())
 
 
-def test_auto_model_loads_an_adapter_folder(trained, batch, tmp_path, base_folder):
-    # The adapter's base is a saved GRM, as when a published one is trained further.
+def test_auto_model_loads_the_adapter_of_a_saved_grm(trained, batch, tmp_path):
     model, _ = trained
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "grm")
