@@ -140,6 +140,8 @@ class GRMForRewardModeling(PreTrainedModel):
             raise ValueError(
                 f"{type(self.backbone).__name__} has no output embeddings; a GRM needs a causal language model."
             )
+        if self.backbone.base_model is self.backbone:
+            raise ValueError(f"{type(self.backbone).__name__} has no separate body below its language-model head.")
         self.score = RewardHead(lm_head.weight.shape[-1], config)
         self._takes_position_ids = "position_ids" in inspect.signature(self.backbone.base_model.forward).parameters
         self.post_init()
@@ -194,7 +196,7 @@ class GRMForRewardModeling(PreTrainedModel):
         if text_config.model_type == GRMConfig.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a GRM already. Load it with "
-                "GRMForRewardModeling.from_pretrained; to change its loss, set fields of `model.config`."
+                "GRMForRewardModeling.from_pretrained, which takes other values for its loss as options too."
             )
         text_config = text_config.get_text_config()
         config = GRMConfig(text_config=text_config, **grm_options)
@@ -286,6 +288,8 @@ class GRMForRewardModeling(PreTrainedModel):
         attention_mask = attention_mask.flatten(0, len(shape) - 1)
         if input_ids is not None:
             input_ids = input_ids.flatten(0, len(shape) - 1)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"].flatten(0, len(shape) - 1)
 
         needs_logps = labels is not None and self.config.uses_language_model
         hidden_states, logits = self._run_backbone(input_ids, inputs_embeds, attention_mask, needs_logps, kwargs)
@@ -366,7 +370,7 @@ class GRMForRewardModeling(PreTrainedModel):
         """Final hidden states `(rows, seq_len, hidden_size)`; logits only for a backbone that must make its own."""
         body = self.backbone.base_model
         # Padding on the left must not shift the tokens' positions.
-        if self._takes_position_ids and "position_ids" not in kwargs:
+        if self._takes_position_ids and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
         inputs["use_cache"] = False

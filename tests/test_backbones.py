@@ -190,3 +190,13 @@ def test_loss_and_gradients_equal_those_from_the_untouched_backbones_full_logits
     )
     assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-5)
     assert_gradients_close(grm, expected["gradients"])
+
+
+def test_forward_leaves_no_hook_behind(grm):
+    batch = pad_rows(make_rows())
+    grm(**batch)
+    # A token outside the vocabulary.
+    batch["input_ids"][0, 0, 0] = 10**6
+    with pytest.raises(IndexError):
+        grm(**batch)
+    assert not grm.backbone.base_model._forward_hooks

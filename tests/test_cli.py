@@ -159,6 +159,13 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     assert args.remove_unused_columns is False
 
 
+def test_mapping_of_the_file_stays_one_where_the_option_takes_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("gradient_checkpointing_kwargs:\n  use_reentrant: false\n")
+    *_, args = parse_train(["--config", str(path), "--use_cpu"])
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_has_known_options_alone(recipe):
     options = yaml.safe_load(recipe.read_text())

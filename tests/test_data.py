@@ -216,3 +216,9 @@ def test_collator_refuses_rows_with_different_numbers_of_responses(tokenizer, to
     longer = {name: [*row[name], row[name][0]] for name in ("input_ids", "completion_mask")}
     with pytest.raises(ValueError, match=r"equally many responses, got \[2, 3\]"):
         PreferenceCollator(tokenizer)([row, longer])
+
+
+def test_rows_with_different_numbers_of_responses_are_refused(tokenizer):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": ["c"]}, {"prompt": "a", "chosen": "b", "rejected": ["c", "d"]}]
+    with pytest.raises(ValueError, match="Row 1 has 3 responses, the rows before it 2"):
+        tokenize(rows, tokenizer)

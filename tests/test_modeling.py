@@ -426,6 +426,14 @@ def test_base_saved_in_bf16_loads_in_bf16_with_a_float32_head(tmp_path):
     assert_float32_head(GRMForRewardModeling.from_base_pretrained(tmp_path, head_hidden_size=16))
 
 
+def test_dtype_of_the_bases_config_wins_over_that_of_its_files(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").dtype == torch.bfloat16
+    assert_float32_head(GRMForRewardModeling.from_base_pretrained(tmp_path / "base", head_hidden_size=16))
+
+
 @pytest.mark.parametrize(
     "cast",
     [
@@ -612,6 +620,14 @@ def test_unused_untied_language_model_head_is_frozen_and_nothing_else(options, u
         assert frozen == ["backbone.lm_head.weight"]
         grm(**batch).loss.backward()
         assert all(p.grad is not None for p in grm.parameters() if p.requires_grad)
+
+
+def test_checkpoint_without_a_regularizer_loads_with_one_and_trains_the_language_model_head(untied_folder, tmp_path):
+    plain = GRMForRewardModeling.from_base_pretrained(untied_folder, head_hidden_size=16, regularization="none")
+    plain.save_pretrained(tmp_path / "grm")
+    model = GRMForRewardModeling.from_pretrained(tmp_path / "grm", regularization="sft", regularization_weight=0.5)
+    assert (model.config.regularization, model.config.regularization_weight) == ("sft", 0.5)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("options", [{"regularization": "none"}, {"regularization_weight": 0}])

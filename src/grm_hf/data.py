@@ -122,6 +122,11 @@ def _tokenize_batch(
             split.append(split_row(row))
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}.") from error
+        if len(split[-1][1]) != len(split[0][1]):
+            raise ValueError(
+                f"Row {index} has {len(split[-1][1])} responses, the rows before it {len(split[0][1])}. A batch needs "
+                "equally many: keep as many rejected responses in each row."
+            )
     pairs = [(prompt, response) for prompt, responses in split for response in responses]
     try:
         encoded = iter(encode(tokenizer, pairs))

@@ -32,7 +32,7 @@ def parse(command: str, dataclasses: list[Any], argv: list[str], defaults: dict[
     parser.usage = f"grm-hf {command} [--config FILE] [--option value ...]"
     parser.add_argument("--config", help="YAML file with any of these options.")
     parser.set_defaults(**defaults)
-    known = {action.dest for action in parser._actions} - {"config", "help"}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
     path = _config_path(parser, argv)
     if path is not None:
         try:
@@ -42,9 +42,9 @@ def parse(command: str, dataclasses: list[Any], argv: list[str], defaults: dict[
             parser.error(f"can't read {path}: {error}")
         if not isinstance(values, dict):
             parser.error(f"{path} must hold options as `name: value`")
-        if unknown := set(values) - known:
+        if unknown := set(values) - set(actions):
             parser.error(f"{path} has unknown options: {', '.join(sorted(unknown))}")
-        parser.set_defaults(**{name: _as_default(value) for name, value in values.items()})
+        parser.set_defaults(**{name: _as_default(actions[name], value) for name, value in values.items()})
     try:
         *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
@@ -63,8 +63,8 @@ def _config_path(parser: HfArgumentParser, argv: list[str]) -> str | None:
     return None
 
 
-def _as_default(value: Any) -> Any:
-    if isinstance(value, dict):
+def _as_default(action: Any, value: Any) -> Any:
+    if isinstance(value, dict) and action.nargs in ("*", "+"):
         return [f"{key}={entry}" for key, entry in value.items()]
     # argparse converts text alone, and so also "1e-5", which YAML takes for text.
     return value

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,6 +122,7 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         compute_metrics=compute_metrics,
     )
     RewardMetricsCallback.attach(trainer)
+    _keep_float32_rewards(trainer)
     output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     # Grouping by length would shuffle the evaluation's rows, whose rewards are recorded in their order.
     args.train_sampling_strategy = "random"
@@ -164,6 +165,13 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         plot_training_curves({"training": trainer.state.log_history}, folder / "training_curves.png")
         return results
     return []
+
+
+def _keep_float32_rewards(trainer: Trainer) -> None:
+    # accelerate's mixed precision casts the outputs of every FSDP2 unit, the rewards among them, to bf16.
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def _load_tokenizer(options: ModelOptions) -> Any:
