@@ -52,7 +52,10 @@ def summarize(folders: dict[str, list[Path]]) -> list[dict]:
             prompts = right[0][1]
             accuracies = [values.mean() for values, _ in right]
             mean_right[method] = np.mean([values for values, _ in right], axis=0)
-            row[method] = {"mean": float(np.mean(accuracies)), "std": float(np.std(accuracies, ddof=1))}
+            row[method] = {
+                "mean": float(np.mean(accuracies)),
+                "std": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else None,
+            }
             row[method]["seeds"] = [float(accuracy) for accuracy in accuracies]
         difference = mean_right["GRM (sft)"] - mean_right["Bradley-Terry"]
         row["prompts"] = len(set(prompts.tolist()))
@@ -61,13 +64,17 @@ def summarize(folders: dict[str, list[Path]]) -> list[dict]:
     return rows
 
 
+def as_cell(mean: float, std: float | None, seeds: list[float]) -> str:
+    return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
+
+
 def as_table(rows: list[dict]) -> str:
     lines = [
         f"| set | pairs (prompts) | longest response | {' | '.join(METHODS)} | difference, 95% interval |",
         "|---" * (4 + len(METHODS)) + "|",
     ]
     for row in rows:
-        cells = [f"{row[method]['mean']:.3f} ± {row[method]['std']:.3f}" for method in METHODS]
+        cells = [as_cell(**row[method]) for method in METHODS]
         low, high = row["difference"]["interval"]
         lines.append(
             f"| {row['set']} | {row['rows']} ({row['prompts']}) | {row['longest_response']:.3f} | {' | '.join(cells)} "
