@@ -1,8 +1,8 @@
 """GRM against plain Bradley-Terry in a small synthetic world: base, training, table, picture, checkpoint.
 
-    python examples/demo.py --output_dir outputs/demo        two CPU cores, minutes, 1 GB, no network
+    python examples/demo.py --output_dir outputs/demo        two CPU cores, two minutes, 1 GB, no network
 
-The world is small_world.py's; what both methods share is `Protocol`, fixed before they were compared. An answer of
+The world is small_world.py's; what both methods share is `Protocol`, set once, by guess, before they were compared. An answer of
 some fifteen words has a small log-probability, so beta is 1 instead of the paper's 0.1; the weight is the paper's.
 docs/results holds the table of a full run.
 """

@@ -90,7 +90,7 @@ def _state(thing: str, relations: list[str], error_rate: float, rng: random.Rand
 
 
 def plain_text(num_documents: int, seed: int) -> list[str]:
-    """Lessons and exams about all things."""
+    """Lessons, drills and exams about all things."""
     rng = random.Random(f"plain text {seed}")
     documents = []
     for _ in range(num_documents):
