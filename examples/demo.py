@@ -2,9 +2,9 @@
 
     python examples/demo.py --output_dir outputs/demo        two CPU cores, two minutes, 1 GB, no network
 
-The world is small_world.py's; what both methods share is `Protocol`, set once, by guess, before they were compared. An answer of
-some fifteen words has a small log-probability, so beta is 1 instead of the paper's 0.1; the weight is the paper's.
-docs/results holds the table of a full run.
+The world is small_world.py's; what both methods share is `Protocol`, set once, by guess, before they were compared. An
+answer of some fifteen words has a small log-probability, so beta is 1 instead of the paper's 0.1; the weight is the
+paper's. docs/results holds the table of a full run, and what it does not show.
 """
 
 import argparse
