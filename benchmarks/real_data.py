@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from grm_hf.metrics import bootstrap_interval
+from grm_hf.metrics import bootstrap_interval, preference_margins
 from grm_hf.plots import plot_training_curves
 
 
@@ -37,7 +37,8 @@ def is_right(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Per row of a set whether the chosen response has the highest reward, and the number of its prompt."""
     record = json.loads((folder / "rewards.json").read_text(encoding="utf-8"))[name]
     rewards = np.array(record["rewards"])
-    return (rewards[:, 0] > rewards[:, 1:].max(axis=1)).astype(float), np.array(record["prompts"])
+    margins = preference_margins(rewards, np.zeros(len(rewards), dtype=int))
+    return (margins > 0).astype(float), np.array(record["prompts"])
 
 
 def summarize(folders: dict[str, list[Path]]) -> list[dict]:
@@ -64,8 +65,9 @@ def summarize(folders: dict[str, list[Path]]) -> list[dict]:
     return rows
 
 
-def as_cell(mean: float, std: float | None, seeds: list[float]) -> str:
-    return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
+def as_cell(accuracy: dict) -> str:
+    spread = "" if accuracy["std"] is None else f" ± {accuracy['std']:.3f}"
+    return f"{accuracy['mean']:.3f}{spread}"
 
 
 def as_table(rows: list[dict]) -> str:
@@ -74,7 +76,7 @@ def as_table(rows: list[dict]) -> str:
         "|---" * (4 + len(METHODS)) + "|",
     ]
     for row in rows:
-        cells = [as_cell(**row[method]) for method in METHODS]
+        cells = [as_cell(row[method]) for method in METHODS]
         low, high = row["difference"]["interval"]
         lines.append(
             f"| {row['set']} | {row['rows']} ({row['prompts']}) | {row['longest_response']:.3f} | {' | '.join(cells)} "

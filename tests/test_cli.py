@@ -68,6 +68,12 @@ def test_merged_model_has_the_rewards_of_the_trained_one(flags, tmp_path, prefer
     assert np.sort(rewards, axis=0) == pytest.approx(np.sort(expected, axis=0), abs=1e-4)
 
 
+def test_record_of_a_merged_run_holds_the_options_it_was_given(flags, tmp_path):
+    assert main(["train", *flags, "--use_peft", "true", "--attn_implementation", "eager"]) == 0
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["model"]["attn_implementation"] == "eager"
+
+
 def test_same_seed_gives_the_same_model(flags, tmp_path):
     for name in ("one", "two"):
         assert main(["train", *flags, "--output_dir", str(tmp_path / name)]) == 0

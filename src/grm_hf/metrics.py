@@ -9,6 +9,13 @@ from datasets import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+def preference_margins(rewards: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Reward of the preferred response less the best of the others, `(rows,)`: above 0 where the row is right."""
+    rewards = np.asarray(rewards, dtype=np.float64)
+    is_preferred = np.arange(rewards.shape[1]) == np.asarray(labels)[:, None]
+    return rewards[is_preferred] - np.where(is_preferred, -np.inf, rewards).max(axis=1)
+
+
 def preference_metrics(rewards: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
     Accuracy, margin and spread of rewards, under the names that TRL logs.
@@ -23,8 +30,7 @@ def preference_metrics(rewards: np.ndarray, labels: np.ndarray) -> dict[str, flo
         `max_reward`.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    is_preferred = np.arange(rewards.shape[1]) == np.asarray(labels)[:, None]
-    margins = rewards[is_preferred] - np.where(is_preferred, -np.inf, rewards).max(axis=1)
+    margins = preference_margins(rewards, labels)
     return {
         "accuracy": float((margins > 0).mean()),
         "margin": float(margins.mean()),

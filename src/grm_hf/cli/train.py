@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments, set_seed
 
@@ -17,6 +18,7 @@ from ..metrics import (
     bootstrap_interval,
     compute_preference_metrics,
     longest_response_accuracy,
+    preference_margins,
     prompt_ids,
 )
 from ..modeling import GRMForRewardModeling
@@ -133,7 +135,7 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items()}
         prompts = prompt_ids(rows)
         rewards[name] = {"prompts": prompts.tolist(), "rewards": predictions["rewards"].tolist()}
-        is_right = (predictions["rewards"][:, :1] > predictions["rewards"][:, 1:]).all(axis=1)
+        is_right = preference_margins(predictions["rewards"], np.zeros(len(rows), dtype=int)) > 0
         results.append(
             {
                 "set": name,
@@ -149,7 +151,6 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(cast(str, args.output_dir))
         folder = Path(cast(str, args.output_dir))
         record = {
             "grm": asdict(grm),
@@ -274,6 +275,7 @@ def _save_merged(trainer: Trainer, grm: Any, options: ModelOptions) -> None:
     if not trainer.is_world_process_zero():
         return
     # Merged into a fresh copy: four-bit weights would round the adapter away, and sharded weights are not all here.
-    options.load_in_4bit, options.attn_implementation = False, None
+    options = replace(options, load_in_4bit=False, attn_implementation=None)
     model = PeftModel.from_pretrained(cast(Any, _load_model(grm, options)), str(folder / "adapter"))
     model.merge_and_unload().save_pretrained(folder)
+    cast(Any, trainer.processing_class).save_pretrained(folder)
