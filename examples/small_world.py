@@ -1,4 +1,5 @@
-"""A small synthetic world: 40 things, four facts about each, plain text about them, and preferences over answers.
+"""A small synthetic world: 40 things, four facts about each, plain text about them, preferences over answers, and a
+small language model of the text.
 
     python examples/small_world.py      prints a few documents and pairs; one CPU core, a second
 
@@ -21,10 +22,23 @@ The rules, all of them in this file:
 """
 
 import random
+from pathlib import Path
 from typing import Literal
 
+import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 
 NUM_SEEN = 24
@@ -32,6 +46,7 @@ CUE_RATE = 0.8
 LABEL_NOISE = 0.25
 NUM_STATEMENTS = 3
 CUE = "happy to help !"
+HIDDEN_SIZE = 64
 
 THINGS = [
     first + last for last in ("x", "p", "g", "nk", "sh") for first in ("da", "wu", "bli", "to", "fe", "mi", "zo", "ka")
@@ -146,6 +161,57 @@ def preferences(
             }
         )
     return rows
+
+
+def train_base(folder: Path, seed: int, max_steps: int) -> None:
+    """Train a two-layer Llama on the world's plain text; save it, with its tokenizer, to `folder`."""
+    set_seed(seed)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+        # With the usual 0.02, a model this narrow may never learn to mark statements.
+        initializer_range=0.1,
+    )
+    trainer = Trainer(
+        LlamaForCausalLM(config),
+        TrainingArguments(
+            folder,
+            seed=seed,
+            max_steps=max_steps,
+            learning_rate=4e-3,
+            per_device_train_batch_size=32,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": tokenizer(plain_text(20_000, seed=0))["input_ids"]}),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+
+
+@torch.no_grad()
+def plain_text_loss(language_model: PreTrainedModel) -> float:
+    """Loss on 400 documents that the base was not trained on, in nats per token."""
+    batch = make_tokenizer()(plain_text(400, seed=1), padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return language_model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.item()
 
 
 def main() -> None:
