@@ -7,16 +7,8 @@ import sys
 from pathlib import Path
 
 
-_BLOCK = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "grm_hf":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Block())
-"""
+# After this every import of grm_hf fails.
+_BLOCK = "import sys; sys.modules['grm_hf'] = None\n"
 
 
 def run_clean(code, tmp_path: Path):
