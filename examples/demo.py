@@ -49,7 +49,7 @@ class Protocol:
     num_pairs: int = 2000
     num_epochs: int = 10
     learning_rate: float = 3e-4
-    regularization_weight: float = 0.03
+    regularization_weight: float = 0.1
     # The paper's 0.1 is for answers of hundreds of tokens; these have some fifteen.
     beta: float = 1.0
     num_eval_pairs: int = 1000
