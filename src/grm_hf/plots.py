@@ -18,7 +18,8 @@ _PANELS = {
 
 def plot_training_curves(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """
-    Draw the logged parts of the loss against the training step; without matplotlib, say so and draw nothing.
+    Draw the logged parts of the loss against the training step, faint, and their running mean over some ten logs;
+    without matplotlib, say so and draw nothing.
 
     Args:
         histories (`dict[str, list[dict]]`): Per run, by its label, the `log_history` of its trainer state.
@@ -32,11 +33,22 @@ def plot_training_curves(histories: dict[str, list[dict[str, Any]]], path: Path)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(2, 2).flat, _PANELS.items()):
         for run, history in histories.items():
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            if points:
-                axes.plot(*zip(*points), label=run, linewidth=1)
+            steps = [entry["step"] for entry in history if name in entry]
+            if steps:
+                values = [entry[name] for entry in history if name in entry]
+                (line,) = axes.plot(steps, values, linewidth=0.8, alpha=0.25)
+                axes.plot(steps, _running_mean(values), color=line.get_color(), label=run)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         if axes.lines:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
+
+
+def _running_mean(values: list[float], decay: float = 0.9) -> list[float]:
+    """Exponential mean, without the bias towards 0 at its start."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight)
+    return means

@@ -88,7 +88,8 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
 
     Returns:
         `list[dict]`: per evaluation set `set`, `rows`, the metrics of `Trainer.evaluate`, `accuracy_interval` (95%,
-        bootstrap over prompts), and `longest_response`, the accuracy of preferring the longest response.
+        bootstrap over prompts), and `longest_response`, the accuracy of preferring the longest response. Empty in all
+        processes but the first.
     """
     for name, value in (("model_name_or_path", model_options.model_name_or_path), ("dataset", data.dataset)):
         if not value:
@@ -108,12 +109,6 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         model.backbone.requires_grad_(False)
     if model_options.use_peft:
         model = _add_adapters(model, model_options)
-    predictions: dict[str, Any] = {}
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predictions["rewards"] = prediction.predictions
-        return compute_preference_metrics(prediction)
-
     trainer = Trainer(
         model=model,
         args=args,
@@ -121,51 +116,59 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         eval_dataset=cast(dict[str, Any], eval_datasets) or None,
         data_collator=PreferenceCollator(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=compute_metrics,
+        compute_metrics=compute_preference_metrics,
     )
     RewardMetricsCallback.attach(trainer)
     _keep_float32_rewards(trainer)
     output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     # Grouping by length would shuffle the evaluation's rows, whose rewards are recorded in their order.
     args.train_sampling_strategy = "random"
-    results: list[dict[str, Any]] = []
-    rewards: dict[str, Any] = {}
+    results, rewards = {}, {}
     for name, rows in eval_datasets.items():
-        metrics = trainer.evaluate(cast(Any, rows), metric_key_prefix=name)
-        metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items()}
-        prompts = prompt_ids(rows)
-        rewards[name] = {"prompts": prompts.tolist(), "rewards": predictions["rewards"].tolist()}
-        is_right = preference_margins(predictions["rewards"], np.zeros(len(rows), dtype=int)) > 0
-        results.append(
-            {
-                "set": name,
-                "rows": len(rows),
-                "longest_response": longest_response_accuracy(rows),
-                "accuracy_interval": bootstrap_interval(is_right, prompts),
-                **metrics,
-            }
-        )
+        results[name], rewards[name] = _evaluate(trainer, name, rows)
     if model_options.use_peft:
         _save_merged(trainer, grm, model_options)
     else:
         trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        folder = Path(cast(str, args.output_dir))
-        record = {
-            "grm": asdict(grm),
-            "model": asdict(model_options),
-            "data": asdict(data),
-            "seed": args.seed,
-            "train_rows": len(train_dataset),
-            "train": output.metrics,
-            "evaluation": results,
-        }
-        (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (folder / "rewards.json").write_text(json.dumps(rewards) + "\n", encoding="utf-8")
-        plot_training_curves({"training": trainer.state.log_history}, folder / "training_curves.png")
-        return results
-    return []
+    if not trainer.is_world_process_zero():
+        return []
+    folder = Path(cast(str, args.output_dir))
+    record = {
+        "grm": asdict(grm),
+        "model": asdict(model_options),
+        "data": asdict(data),
+        "seed": args.seed,
+        "train_rows": len(train_dataset),
+        "train": output.metrics,
+        "evaluation": list(results.values()),
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / "rewards.json").write_text(json.dumps(rewards) + "\n", encoding="utf-8")
+    plot_training_curves({"training": trainer.state.log_history}, folder / "training_curves.png")
+    return list(results.values())
+
+
+def _evaluate(trainer: Trainer, name: str, rows: Dataset) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The record of one evaluation set; and the rewards of its rows, with the numbers of their prompts."""
+    rewards: list[np.ndarray] = []
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        rewards.append(cast(np.ndarray, prediction.predictions))
+        return compute_preference_metrics(prediction)
+
+    trainer.compute_metrics = compute_metrics
+    metrics = trainer.evaluate(cast(Any, rows), metric_key_prefix=name)
+    prompts = prompt_ids(rows)
+    is_right = preference_margins(rewards[0], np.zeros(len(rows), dtype=int)) > 0
+    record = {
+        "set": name,
+        "rows": len(rows),
+        "longest_response": longest_response_accuracy(rows),
+        "accuracy_interval": bootstrap_interval(is_right, prompts),
+        **{key.removeprefix(f"{name}_"): value for key, value in metrics.items()},
+    }
+    return record, {"prompts": prompts.tolist(), "rewards": rewards[0].tolist()}
 
 
 def _keep_float32_rewards(trainer: Trainer) -> None:
