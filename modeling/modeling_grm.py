@@ -160,6 +160,22 @@ class GRMForRewardModeling(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_unused_head()
         return loaded
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in [`~transformers.integrations.PeftAdapterMixin.load_adapter`], which `from_pretrained` calls too.
+
+        Raises:
+            RuntimeError: if the adapter has a reward head of its own and its weights were not found.
+        """
+        loading_info = super().load_adapter(*args, **kwargs)
+        missing = sorted(name for name in getattr(loading_info, "missing_keys", ()) if name.startswith("score."))
+        if missing:
+            raise RuntimeError(
+                f"The adapter's reward head did not load, {', '.join(missing)} would be random. transformers before "
+                "5.18 does not find it here; peft.PeftModel.from_pretrained(model, adapter) does."
+            )
+        return loading_info
+
     @classmethod
     def from_base_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "GRMForRewardModeling":
         r"""

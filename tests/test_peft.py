@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from clean_process import run_clean
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_base
 from training import losses, training_logs, weights_of
 from transformers import AutoModel
@@ -284,11 +286,31 @@ def test_adapter_resumes_from_a_checkpoint(make_grm, make_trainer, tokenized, tm
     assert all(weight.equal(expected[name]) for name, weight in weights_of(resumed.model).items())
 
 
-def test_auto_model_loads_the_adapter_of_a_saved_grm(trained, batch, tmp_path):
+@pytest.fixture
+def adapter_of_grm(trained, tmp_path):
+    """A LoRA model on a saved GRM, and the folder of its adapter."""
     model, _ = trained
-    merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path / "grm")
+    model.merge_and_unload().save_pretrained(tmp_path / "grm")
     further = perturb(with_lora(GRMForRewardModeling.from_pretrained(tmp_path / "grm")))
     further.save_pretrained(tmp_path / "adapter")
-    reloaded = AutoModel.from_pretrained(tmp_path / "adapter")
+    return further, tmp_path / "adapter"
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="transformers loses modules_to_save before 5.18"
+)
+def test_auto_model_loads_the_adapter_of_a_saved_grm(adapter_of_grm, batch):
+    further, adapter = adapter_of_grm
+    reloaded = AutoModel.from_pretrained(adapter)
     assert rewards_of(reloaded, batch).allclose(rewards_of(further, batch), atol=1e-5)
+
+
+def test_auto_model_refuses_an_adapter_without_its_reward_head(adapter_of_grm):
+    _, adapter = adapter_of_grm
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: weight for name, weight in weights.items() if ".score." not in name},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(RuntimeError, match=r"reward head did not load, score\..* would be random"):
+        AutoModel.from_pretrained(adapter)
