@@ -49,7 +49,7 @@ DDP_JOBS = {
     "cli": {"cli": ["--bf16", "false"]},
     "cli lora": {"cli": ["--use_peft", "true", "--regularization", "dpo"]},
 }
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 FSDP_JOBS = {
     "tied": {"arguments": FOUR_STEPS},
     "untied": {"model": "untied"},
@@ -104,7 +104,7 @@ def launch(folder, kind, jobs, **arguments):
             }
             flags = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
             if "fsdp" in arguments:
-                flags += ["--fsdp", "--fsdp_config", json.dumps(arguments["fsdp_config"])]
+                flags += ["--fsdp", arguments["fsdp"], "--fsdp_config", json.dumps(arguments["fsdp_config"])]
             described[name] = {"cli": ["train", *flags, *job["cli"]]}
             continue
         job = {"model": "tied", "num_rows": 8, "options": {}, "arguments": {}, **job}
