@@ -326,9 +326,9 @@ class GRMForRewardModeling(PreTrainedModel):
         ).mean()
         loss, regularization_loss, logps = reward_loss, None, None
         if needs_logps and input_ids is not None and completion_mask is not None:
-            completion_mask = completion_mask.flatten(0, 1).to(hidden_states.device)
+            completion_mask = _predicted(completion_mask.flatten(0, 1), attention_mask).to(hidden_states.device)
             logps = self._batch_logps(hidden_states, logits, input_ids, completion_mask, labels)
-            lengths = completion_mask[:, 1:].sum(-1).view_as(logps)
+            lengths = completion_mask.sum(-1).view_as(logps)
             regularization_loss = self._regularization_loss(logps, lengths, labels, ref_logps).mean()
             weight = self.config.regularization_weight
             loss = (1 - weight) * reward_loss + weight * regularization_loss
@@ -481,8 +481,14 @@ class GRMForRewardModeling(PreTrainedModel):
         input_ids, attention_mask, completion_mask = (
             tensor.flatten(0, 1) for tensor in (input_ids, attention_mask, completion_mask)
         )
+        completion_mask = _predicted(completion_mask, attention_mask)
         hidden_states, logits = self._run_backbone(input_ids, None, attention_mask, True, {})
         return self._sequence_logps(hidden_states, logits, input_ids, completion_mask).view(shape)
+
+
+def _predicted(completion_mask: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`completion_mask` `(rows, seq_len)` without a sequence's first token, which nothing but padding comes before."""
+    return completion_mask * F.pad(attention_mask[:, :-1] != 0, (1, 0))
 
 
 def _is_remote(config: PretrainedConfig) -> bool:

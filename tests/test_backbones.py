@@ -147,6 +147,8 @@ def test_logps_of_single_tokens_equal_the_untouched_backbones(grm, base):
 @pytest.mark.parametrize(("side", "extra"), [("right", 0), ("right", 5), ("left", 0), ("left", 5), ("mixed", 3)])
 def test_rewards_and_logps_under_any_padding_are_those_of_sequences_alone(side, extra, grm, base):
     rows = make_rows()
+    # A row without a prompt: its first token has no prediction, whatever stands to its left.
+    rows[1] = [(ids, 0) for ids, _ in rows[1]]
     rewards, logps = rewards_and_logps(grm, pad_rows(rows, side, extra))
     expected_rewards, expected_logps = IndependentGRM(grm, base).rewards_and_logps(rows)
     torch.testing.assert_close(rewards.double(), expected_rewards, **REWARD)
