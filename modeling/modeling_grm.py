@@ -39,6 +39,10 @@ _DIRECT_HEADS = {
 }
 
 
+# Where multimodal checkpoints keep their language model.
+_MULTIMODAL_KEYS = {r"^model\.language_model\.": "model.", r"^language_model\.": ""}
+
+
 @dataclass
 class GRMOutput(ModelOutput):
     """
@@ -183,13 +187,16 @@ class GRMForRewardModeling(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                Hub repository or folder of a causal language model.
+                Hub repository or folder of a causal language model; of a multimodal one, its language model is taken.
             kwargs:
                 Fields of [`GRMConfig`], and options of `from_pretrained`: `dtype`, `device_map`,
                 `quantization_config`, `attn_implementation`, `revision`, `token`, `trust_remote_code`, ...
 
         Returns:
             [`GRMForRewardModeling`], in evaluation mode as every `from_pretrained` leaves it.
+
+        Raises:
+            ValueError: If it is a GRM already, or lacks weights of the language model.
 
         Example:
 
@@ -214,14 +221,31 @@ class GRMForRewardModeling(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is a GRM already. Load it with "
                 "GRMForRewardModeling.from_pretrained, which takes other values for its loss as options too."
             )
-        text_config = text_config.get_text_config()
+        if text_config.get_text_config() is not text_config:
+            is_tied = text_config.tie_word_embeddings
+            text_config = text_config.get_text_config()
+            text_config.tie_word_embeddings = is_tied
+            kwargs.setdefault("key_mapping", _MULTIMODAL_KEYS)
         config = GRMConfig(text_config=text_config, **grm_options)
         dtype = getattr(text_config, "dtype", None)
         if dtype is not None:
             config.dtype = dtype
         if getattr(text_config, "quantization_config", None) is not None:
             config.quantization_config = text_config.quantization_config
-        return cls.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = cls.from_pretrained(
+            pretrained_model_name_or_path, config=config, output_loading_info=True, **kwargs
+        )
+        # Saving would turn the base's names around, `key_mapping` included.
+        model.__dict__.pop("_weight_conversions", None)
+        missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {type(model.backbone).__name__}, "
+                f"which would be random: {', '.join(missing[:3])}, ... A GRM needs a causal language "
+                "model with its head; if this is one, a newer transformers may find them."
+            )
+        return (model, info) if with_info else model  # type: ignore[return-value]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Float32Linear):
