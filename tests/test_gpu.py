@@ -1,11 +1,14 @@
 """The same code on a CUDA device, in bf16."""
 
+import json
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments, pipeline
 from transformers.utils import is_flash_attn_2_available
 
-from grm_hf import PreferenceCollator, RewardMetricsCallback
+from grm_hf import PreferenceCollator, RewardMetricsCallback, add_reference_logps
+from grm_hf.cli import main
 
 
 pytestmark = [
@@ -45,3 +48,19 @@ def test_rewards_on_a_gpu_are_those_on_a_cpu(make_grm, tokenized, tokenizer):
         on_gpu = model.cuda()(**{name: tensor.cuda() for name, tensor in batch.items()})
     torch.testing.assert_close(on_gpu.logits.cpu(), on_cpu.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(on_gpu.logps.cpu(), on_cpu.logps, atol=1e-3, rtol=1e-4)
+
+
+def test_command_line_computes_reference_log_probabilities_on_the_gpu(base_folder, tmp_path, monkeypatch):
+    row = {"prompt": "Name a number.", "chosen": "Three.", "rejected": "A tree."}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    devices = []
+
+    def add(dataset, model):
+        devices.append(model.device.type)
+        return add_reference_logps(dataset, model)
+
+    monkeypatch.setattr("grm_hf.cli.train.add_reference_logps", add)
+    flags = ["--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    flags += ["--regularization", "dpo", "--report_to", "none"]
+    assert main(["train", "--model_name_or_path", str(base_folder), *flags]) == 0
+    assert devices == ["cuda"]

@@ -103,6 +103,9 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         eval_datasets = {name: _load_eval_rows(path, data, tokenizer) for name, path in _eval_paths(data)}
     model: Any = _load_model(grm, model_options)
     if model.config.regularization == "dpo" and model.config.uses_language_model:
+        if not model_options.load_in_4bit:
+            # The Trainer would move it too late. Four-bit weights are on the GPU already.
+            model.to(args.device)
         train_dataset = add_reference_logps(train_dataset, model)
         eval_datasets = {name: add_reference_logps(rows, model) for name, rows in eval_datasets.items()}
     if model_options.freeze_backbone:
