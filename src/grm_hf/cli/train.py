@@ -45,7 +45,7 @@ class ModelOptions:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file, for a tokenizer without one."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the reward head alone."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: a backbone in 4 bits (bitsandbytes, GPU)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: a backbone in 4 bits (bitsandbytes)."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and the reward head."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapters."})
@@ -103,8 +103,8 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         eval_datasets = {name: _load_eval_rows(path, data, tokenizer) for name, path in _eval_paths(data)}
     model: Any = _load_model(grm, model_options)
     if model.config.regularization == "dpo" and model.config.uses_language_model:
-        if not model_options.load_in_4bit:
-            # The Trainer would move it too late. Four-bit weights are on the GPU already.
+        if getattr(model, "hf_quantizer", None) is None:
+            # The Trainer would move it too late. Quantized weights are on the GPU already.
             model.to(args.device)
         train_dataset = add_reference_logps(train_dataset, model)
         eval_datasets = {name: add_reference_logps(rows, model) for name, rows in eval_datasets.items()}
