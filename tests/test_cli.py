@@ -117,6 +117,19 @@ def test_bad_input_exits_with_1_and_names_it(flags, tmp_path, capsys):
     assert "Input 1: " in capsys.readouterr().err
 
 
+def test_what_cannot_be_loaded_exits_with_1_and_is_named(flags, base_folder, tmp_path, capsys):
+    malformed = tmp_path / "malformed.jsonl"
+    malformed.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{oops\n')
+    assert main(["train", *flags, "--dataset", str(malformed)]) == 1
+    assert f"Can't read {malformed}: " in capsys.readouterr().err
+    assert main(["train", *flags, "--model_name_or_path", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    path = tmp_path / "inputs.jsonl"
+    path.write_text('"text"\n')
+    assert main(["score", "--model", str(base_folder), "--input", str(path)]) == 1
+    assert "is a LlamaModel, not a GRM" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("argv", "message"), [(["train"], "`model_name_or_path` is missing"), (["score"], "`model`")])
 def test_missing_argument_exits_with_1(argv, message, capsys):
     assert main(argv) == 1

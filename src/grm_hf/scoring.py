@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from .collator import pad_sequences
+from .modeling import GRMConfig
 from .modeling.encoding_grm import encode
 from .modeling.pipeline_grm import as_result, fit, max_tokens, parse_inputs
 
@@ -35,11 +36,19 @@ class RewardScorer:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "RewardScorer":
-        """Load model and tokenizer; `kwargs` go to `AutoModel.from_pretrained`."""
+        """
+        Load model and tokenizer; `kwargs` go to `AutoModel.from_pretrained`.
+
+        Raises:
+            ValueError: If it is another kind of model.
+        """
         hub = {name: kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in kwargs}
-        return cls(
-            AutoModel.from_pretrained(name_or_path, **kwargs), AutoTokenizer.from_pretrained(name_or_path, **hub)
-        )
+        model = AutoModel.from_pretrained(name_or_path, **kwargs)
+        if model.config.model_type != GRMConfig.model_type:
+            raise ValueError(
+                f"{name_or_path} is a {type(model).__name__}, not a GRM; grm-hf train makes one from a language model."
+            )
+        return cls(model, AutoTokenizer.from_pretrained(name_or_path, **hub))
 
     @torch.no_grad()
     def __call__(

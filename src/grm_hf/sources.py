@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from .data import AnyDataset, split_row
@@ -67,7 +68,7 @@ def load_preferences(
 
     Raises:
         FileNotFoundError: If there is no such dataset or file.
-        ValueError: If there is no such split, or [`to_preferences`] can't read the dataset.
+        ValueError: If there is no such split, a file is malformed, or [`to_preferences`] can't read the dataset.
     """
     location = os.path.expanduser(path)
     name = name or _DEFAULT_CONFIGS.get(location)
@@ -75,7 +76,10 @@ def load_preferences(
     if file:
         load_dataset_kwargs["data_files"] = location
         location = str(file.lastgroup)
-    dataset = load_dataset(location, name, split=split, streaming=streaming, **load_dataset_kwargs)
+    try:
+        dataset = load_dataset(location, name, split=split, streaming=streaming, **load_dataset_kwargs)
+    except DatasetGenerationError as error:
+        raise ValueError(f"Can't read {path}: {error.__cause__}") from error
     return to_preferences(cast(Dataset, dataset), subsample=subsample)
 
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     command = import_module(f".{argv[0]}", __name__)
     try:
         command.main(argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"grm-hf {argv[0]}: {error}", file=sys.stderr)
         return 1
     return 0

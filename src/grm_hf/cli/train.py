@@ -45,7 +45,7 @@ class ModelOptions:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file, for a tokenizer without one."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the reward head alone."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: a backbone in 4 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: a backbone in 4 bits (grm_hf[qlora])."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and the reward head."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapters."})
