@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Optional, Union
 Messages = list[dict[str, Any]]
 Text = Union[str, Messages]
 
+# In no text that a template adds.
+_MARK = "\ue000"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -110,8 +112,20 @@ def _render(tokenizer: Any, prompt: Text, response: Text, prompts: dict[int, str
             if key is not None:
                 prompts[key] = before
         after = text if index == len(messages) - 1 else _apply_chat_template(tokenizer, messages[: index + 1])
-        spans.append((_common_prefix(before, text), _common_prefix(after, text)))
+        stop = len(after) if text.startswith(after) else _turn_end(tokenizer, messages, index, text, after)
+        spans.append((_common_prefix(before, text), stop))
     return _Rendered(text, spans, True)
+
+
+def _turn_end(tokenizer: Any, messages: Messages, index: int, text: str, after: str) -> int:
+    """End of a turn in `text`, for a template that renders it otherwise where it is last, as in `after` (Qwen3's)."""
+    content = messages[index]["content"]
+    marked = content + _MARK if isinstance(content, str) else [*content, {"type": "text", "text": _MARK}]
+    turns = [*messages[:index], {**messages[index], "content": marked}, *messages[index + 1 :]]
+    # What follows the content is what the two renderings end with in common.
+    length = len(text) - _common_prefix(text[::-1], _apply_chat_template(tokenizer, turns)[::-1])
+    rest = text[length:]
+    return length + next(size for size in range(min(len(rest), len(after)), -1, -1) if after.endswith(rest[:size]))
 
 
 def _apply_chat_template(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
@@ -159,7 +173,13 @@ def _token_span(
         first = next((token for token in tokens if token is not None), None)
         tokens = (batch.char_to_token(index, char) for char in range(stop - 1, start - 1, -1))
         last = next((token for token in tokens if token is not None), None)
-        return (0, 0) if first is None or last is None else (first, last + 1)
+        if first is None or last is None:
+            return 0, 0
+        # A character may be several tokens.
+        input_ids, last = batch["input_ids"][index], last + 1
+        while last < len(input_ids) and (chars := batch.token_to_chars(index, last)) and chars.start < stop:
+            last += 1
+        return first, last
     # Tokens agree with those of the text before a boundary up to the token that merges across it.
     input_ids = batch["input_ids"][index]
     before, after = (

@@ -92,11 +92,11 @@ def response_logps(
     Returns:
         `torch.Tensor` of shape `(rows,)`: float32, nats.
     """
-    mask = completion_mask[:, 1:].bool()
+    mask = completion_mask[:, 1:].bool().to(hidden_states.device)
     # (tokens,)
-    targets = input_ids[:, 1:][mask]
+    targets = input_ids[:, 1:].to(mask.device)[mask]
     logits = language_model_head(hidden_states[:, :-1][mask])
     # A bf16 log-softmax is biased by hundredths of a nat per token.
-    token_logps = -F.cross_entropy(logits.float(), targets, reduction="none")
+    token_logps = -F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none").to(mask.device)
     rows = torch.arange(mask.shape[0], device=mask.device).unsqueeze(-1).expand_as(mask)[mask]
     return token_logps.new_zeros(mask.shape[0]).index_add(0, rows, token_logps)

@@ -320,6 +320,11 @@ class GRMForRewardModeling(PreTrainedModel):
         shape = inputs.shape[:2] if input_ids is not None and inputs.dim() == 3 else inputs.shape[:1]
         if labels is not None:
             self._check_batch(shape, completion_mask, ref_logps, inputs_embeds)
+        elif self.training and completion_mask is not None:
+            raise ValueError(
+                "A training batch without `labels` has no loss of a GRM. Trainer takes them away for its own "
+                "label_smoothing_factor: use GRMConfig(label_smoothing=...) instead."
+            )
         if attention_mask is None:
             if input_ids is not None:
                 self.backbone.warn_if_padding_and_no_attention_mask(input_ids, None)
@@ -335,22 +340,26 @@ class GRMForRewardModeling(PreTrainedModel):
         hidden_states, logits = self._run_backbone(input_ids, inputs_embeds, attention_mask, needs_logps, kwargs)
         positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
         # The rightmost token: neither the pad token's id nor the padding side matters.
-        last = (positions * (attention_mask != 0)).argmax(-1)
+        last = (positions * (attention_mask != 0)).argmax(-1).to(hidden_states.device)
         rows = torch.arange(last.shape[0], device=last.device)
-        rewards = self.score(hidden_states[rows, last]).unflatten(0, shape)
+        rewards = self.score(hidden_states[rows, last]).to(hidden_states.device).unflatten(0, shape)
         if len(shape) == 1:
             rewards = rewards.unsqueeze(-1)
         if labels is None:
             output = GRMOutput(logits=rewards)
             return output if return_dict is not False else output.to_tuple()
 
+        # A model over several devices ends on another one than its inputs are on.
         labels = labels.to(rewards.device)
+        margin = None if margin is None else margin.to(rewards.device)
+        ref_logps = None if ref_logps is None else ref_logps.to(rewards.device)
         reward_loss = preference_loss(
             rewards, labels, margin, self.config.label_smoothing, self.config.center_rewards_coefficient
         ).mean()
         loss, regularization_loss, logps = reward_loss, None, None
         if needs_logps and input_ids is not None and completion_mask is not None:
             completion_mask = _predicted(completion_mask.flatten(0, 1), attention_mask).to(hidden_states.device)
+            input_ids = input_ids.to(hidden_states.device)
             logps = self._batch_logps(hidden_states, logits, input_ids, completion_mask, labels)
             lengths = completion_mask.sum(-1).view_as(logps)
             regularization_loss = self._regularization_loss(logps, lengths, labels, ref_logps).mean()

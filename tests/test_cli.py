@@ -89,6 +89,29 @@ def test_trained_model_trains_further(flags, tmp_path):
     assert (config.regularization_weight, config.head_hidden_size) == (0.5, 32)
 
 
+def test_trained_model_takes_options_that_equal_the_defaults(flags, tmp_path):
+    assert main(["train", *flags, "--regularization", "none", "--beta", "0.5"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["grm"]["beta"] == 0.5
+    further = [*flags, "--model_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "further")]
+    assert main(["train", *further, "--regularization", "sft"]) == 0
+    config = AutoModel.from_pretrained(tmp_path / "further").config
+    assert (config.regularization, config.beta) == ("sft", 0.5)
+    record = json.loads((tmp_path / "further" / "results.json").read_text())
+    assert (record["grm"]["regularization"], record["grm"]["beta"]) == ("sft", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--freeze_backbone", "true", "--use_peft", "true"], "exclude each other"),
+        (["--label_smoothing_factor", "0.1"], "a GRM takes `label_smoothing`"),
+    ],
+)
+def test_contradicting_options_exit_with_1(options, message, flags, capsys):
+    assert main(["train", *flags, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_score_writes_one_line_per_input_in_order(flags, tmp_path, capsys):
     main(["train", *flags])
     inputs = [{"prompt": "a", "chosen": "b " * 9, "rejected": "c"}, "text", [{"role": "user", "content": "hi"}]]
@@ -172,7 +195,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("beta: 0.5\nlearning_rate: 1e-5\nregularization: nll\neval_datasets:\n  a: x.jsonl\n")
     grm, _, data, args = parse_train([f"--config={path}", "--regularization", "dpo", "--use_cpu"])
-    assert (grm.beta, grm.regularization, grm.regularization_weight) == (0.5, "dpo", 0.01)
+    assert (grm.beta, grm.regularization, grm.regularization_weight) == (0.5, "dpo", None)
     assert args.learning_rate == 1e-5
     assert data.eval_datasets == ["a=x.jsonl"]
     assert args.remove_unused_columns is False

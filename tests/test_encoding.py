@@ -39,6 +39,27 @@ def test_completion_mask_covers_every_assistant_turn_and_no_user_turn(tokenizer)
     assert "Very clearly?" in prompt_of(tokenizer, encoded)
 
 
+def test_turn_that_the_template_renders_otherwise_where_it_is_last_keeps_its_mask():
+    tokenizer = make_tokenizer()
+    # As Qwen3's template: an empty chain of thought in the last turn alone.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}{{ message['content'] | trim }}",
+    )
+    response = [assistant("It is 3. "), user("Very clearly?"), assistant("It is 3.")]
+    (encoded,) = encode(tokenizer, [([user("Name number 3.")], response)])
+    assert response_of(tokenizer, encoded) == "It is 3.<|im_end|>\n<think></think>It is 3.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("response", ["ok 😀", "日本", "😀"])
+def test_mask_holds_every_token_of_a_character_of_several_bytes(response, tokenizer):
+    (encoded,) = encode(tokenizer, [("Name: ", response)])
+    prompt = tokenizer("Name: ")["input_ids"]
+    tokens = tokenizer("Name: " + response)["input_ids"]
+    assert len(tokens) > len(prompt) + len(response)
+    assert sum(encoded.completion_mask) == len(tokens) + 1 - len(prompt)
+
+
 def test_text_gets_one_bos_and_one_eos(tokenizer):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     texts = [("Name", " it"), ("<|endoftext|>Name", " it"), ("Name", " it<|im_end|>")]

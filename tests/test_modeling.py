@@ -9,7 +9,7 @@ from independent_grm import IndependentGRM, assert_gradients_close
 from tiny import make_base, make_config, make_rows, pad_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from grm_hf import GRMConfig, GRMForRewardModeling, GRMOutput
+from grm_hf import GRMConfig, GRMForRewardModeling, GRMOutput, PreferenceCollator
 
 
 # Regularization, number of responses.
@@ -665,3 +665,10 @@ def test_embeddings_are_the_backbones(make_grm):
     head = torch.nn.Linear(32, 320, bias=False)
     model.set_output_embeddings(head)
     assert model.backbone.get_output_embeddings() is model.get_output_embeddings() is head
+
+
+def test_training_batch_without_labels_is_refused(make_grm, tokenized, tokenizer):
+    batch = PreferenceCollator(tokenizer)(list(tokenized))
+    del batch["labels"]
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        make_grm().train()(**batch)

@@ -264,6 +264,15 @@ def test_text_prompt_outside_the_messages_is_an_error():
         to_preferences(Dataset.from_list([row]))
 
 
+def test_every_rows_prompt_is_looked_for_in_its_messages():
+    rows = [
+        {"prompt": prompt, "chosen": turns("Name.", "Yes."), "rejected": turns("Name.", "No.")}
+        for prompt in ("Name.", "Another.")
+    ]
+    with pytest.raises(ValueError, match=r"Row 1: `prompt` is text"):
+        to_preferences(Dataset.from_list(rows))
+
+
 def test_hh_dialogues_become_messages():
     assert list(to_preferences(hh(hh_pair()))) == [
         {

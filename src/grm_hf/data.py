@@ -1,5 +1,6 @@
 """Preference rows to tokens, in the multiple-choice layout: one list of responses per row, the preferred one first."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -63,6 +64,11 @@ def tokenize_preferences(
         raise ValueError(
             f"The dataset lacks {sorted(missing)}; it has {sorted(columns)}. Rename its columns to prompt, chosen and "
             "rejected, or use grm_hf.to_preferences for a dataset that it knows."
+        )
+    if unused := {"tools", "chat_template_kwargs"} & set(columns):
+        raise ValueError(
+            f"The columns {sorted(unused)} would change the text, but are not supported. Render the chat template "
+            "with them yourself, or remove them with dataset.remove_columns."
         )
     features = Features(
         {
@@ -139,10 +145,12 @@ def _tokenize_batch(
                 raise ValueError(f"Row {index}: {error}.") from error
         raise
     output: dict[str, list[Any]] = {"input_ids": [], "completion_mask": [], "length": [], "dropped": []}
-    for _, responses in split:
+    for (_, responses), index in zip(split, indices):
         items = [next(encoded) for _ in responses]
-        dropped = _reason_to_drop(responses)
+        dropped = _reason_to_drop(responses, items)
         if not dropped:
+            if not all(1 in item.completion_mask for item in items):
+                raise ValueError(f"Row {index}: a response has no message of the assistant.")
             fitting = _fit(items, max_length, overlong, tokenizer.bos_token_id)
             items, dropped = (fitting, "") if fitting else (items, _TOO_LONG)
         output["input_ids"].append([item.input_ids for item in items])
@@ -151,17 +159,21 @@ def _tokenize_batch(
         output["dropped"].append(dropped)
     if "margin" in batch:
         output["margin"] = [0.0 if margin is None else margin for margin in batch["margin"]]
+        for margin, index in zip(output["margin"], indices):
+            if not math.isfinite(margin):
+                raise ValueError(f"Row {index}: `margin` is {margin}.")
     return output
 
 
-def _reason_to_drop(responses: list[Text]) -> str:
+def _reason_to_drop(responses: list[Text], items: list[Encoded]) -> str:
     texts = [
         response if isinstance(response, str) else "".join(str(message["content"]) for message in response)
         for response in responses
     ]
     if not all(text.strip() for text in texts):
         return _EMPTY
-    return _IDENTICAL if responses[0] in responses[1:] else ""
+    # Tokens rather than text: a template may trim what sets two responses apart.
+    return _IDENTICAL if items[0].input_ids in [item.input_ids for item in items[1:]] else ""
 
 
 def _fit(

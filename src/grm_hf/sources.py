@@ -137,17 +137,23 @@ def to_preferences(dataset: AnyDataset, subsample: str | None = None) -> AnyData
     if "prompt" not in columns and str(first["chosen"]).lstrip().startswith("Human:"):
         return _from_dialogues(dataset, columns)
     if isinstance(first.get("prompt"), str) and isinstance(first["chosen"], list):
-        if not first["chosen"] or first["chosen"][0].get("role") == "assistant":
-            raise ValueError(
-                "`prompt` is text, but `chosen` is a list of messages without it. Make it a list of messages too: "
-                '[{"role": "user", "content": prompt}].'
-            )
+        dataset = dataset.map(_check_prompt, with_indices=True, input_columns=["prompt", "chosen"])
         dataset = cast(AnyDataset, dataset.remove_columns("prompt"))
         columns = [column for column in columns if column != "prompt"]
     scores = next((pair for pair in _SCORES if set(pair) <= set(columns)), None)
     if scores is None or "margin" in columns:
         return dataset
     return _from_scores(dataset, columns, scores)
+
+
+def _check_prompt(prompt: str, chosen: Messages, index: int) -> dict[str, Any]:
+    asked = [str(message["content"]).strip() for message in chosen if message["role"] != "assistant"]
+    if prompt.strip() not in asked:
+        raise ValueError(
+            f"Row {index}: `prompt` is text, but `chosen` is a list of messages without it. Make it a list of "
+            'messages too: [{"role": "user", "content": prompt}].'
+        )
+    return {}
 
 
 def _from_ratings(dataset: AnyDataset, columns: list[str], subsample: str | None) -> AnyDataset:

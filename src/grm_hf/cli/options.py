@@ -10,11 +10,15 @@ from transformers import HfArgumentParser
 from ..modeling import GRMConfig
 
 
-# The fields of GRMConfig as flags, with its defaults.
+def _help(parameter: Any) -> str:
+    return f"As in GRMConfig, whose default is {parameter.default}."
+
+
+# The fields of GRMConfig as flags; None where not given, which leaves the default, or what a trained GRM has.
 GRMOptions: Any = make_dataclass(
     "GRMOptions",
     [
-        (name, parameter.annotation, field(default=parameter.default, metadata={"help": "As in GRMConfig."}))
+        (name, parameter.annotation | None, field(default=None, metadata={"help": _help(parameter)}))
         for name, parameter in signature(GRMConfig.__init__).parameters.items()
         if name not in ("self", "text_config", "kwargs")
     ],

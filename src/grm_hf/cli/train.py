@@ -94,6 +94,10 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
     for name, value in (("model_name_or_path", model_options.model_name_or_path), ("dataset", data.dataset)):
         if not value:
             raise ValueError(f"`{name}` is missing; pass --{name} or name it in the --config file")
+    if model_options.freeze_backbone and model_options.use_peft:
+        raise ValueError("`freeze_backbone` and `use_peft` exclude each other; adapters train the backbone")
+    if args.label_smoothing_factor:
+        raise ValueError("`label_smoothing_factor` is the Trainer's own; a GRM takes `label_smoothing`")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     # Before the head is drawn.
     set_seed(args.seed)
@@ -138,7 +142,7 @@ def train(grm: Any, model_options: ModelOptions, data: DataOptions, args: Traini
         return []
     folder = Path(cast(str, args.output_dir))
     record = {
-        "grm": asdict(grm),
+        "grm": {entry.name: getattr(model.config, entry.name) for entry in fields(grm)},
         "model": asdict(model_options),
         "data": asdict(data),
         "seed": args.seed,
@@ -242,17 +246,13 @@ def _load_model(grm: Any, options: ModelOptions) -> GRMForRewardModeling:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    given = {name: value for name, value in asdict(grm).items() if value is not None}
     config = AutoConfig.from_pretrained(options.model_name_or_path, **hub)
     if config.model_type != "grm":
-        return GRMForRewardModeling.from_base_pretrained(options.model_name_or_path, **asdict(grm), **arguments)
-    changed = {
-        entry.name: getattr(grm, entry.name) for entry in fields(grm) if getattr(grm, entry.name) != entry.default
-    }
-    if heads := sorted(
-        name for name in changed if name.startswith("head_") and changed[name] != getattr(config, name)
-    ):
+        return GRMForRewardModeling.from_base_pretrained(options.model_name_or_path, **given, **arguments)
+    if heads := sorted(name for name in given if name.startswith("head_") and given[name] != getattr(config, name)):
         raise ValueError(f"{options.model_name_or_path} is a GRM with a trained head; {heads} can't be changed")
-    return GRMForRewardModeling.from_pretrained(options.model_name_or_path, **changed, **arguments)
+    return GRMForRewardModeling.from_pretrained(options.model_name_or_path, **given, **arguments)
 
 
 def _add_adapters(model: GRMForRewardModeling, options: ModelOptions) -> Any:
