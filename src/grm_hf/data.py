@@ -45,8 +45,8 @@ def tokenize_preferences(
         tokenizer (`PreTrainedTokenizerBase`): With a chat template where rows hold messages.
         max_length (`int`, *optional*): Most tokens of a prompt with one response. `None` for no limit.
         overlong (`str`, defaults to `"drop"`):
-            `"drop"`, or `"truncate_prompt"`, which leaves out the prompt's oldest tokens; a row whose response alone
-            is too long is dropped even so. A response is never cut.
+            `"drop"`, or `"truncate_prompt"`, which leaves out the prompt's oldest tokens, for each response on its
+            own; a row whose response alone is too long is dropped even so. A response is never cut.
         num_proc (`int`, *optional*): Number of processes, for a `Dataset`.
 
     Returns:
